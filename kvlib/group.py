@@ -1,0 +1,432 @@
+"""One head group of one layer: sink | body | tail, and the moments at which tokens move between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.candidates import Candidates
+from kvlib.kernels.merge import merge
+from kvlib.offload.account import allocated
+from kvlib.policies.base import Evictor, Needs, Sizes, Split, View
+from kvlib.segment import Spec, Tail, Tiles, close_gaps
+
+DRAFT = 128  # most tokens that a rollback may take back
+
+TokenIds = Callable[[Tensor], Tensor]  # positions [B, H, M] -> ids [B, H, M]
+
+
+@dataclass
+class _Draft:
+    """Provisional tokens: their tensors, and the state before them (None while the prompt is open)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    new: np.ndarray
+    lse: Tensor
+    spec: Spec
+    before: tuple[Tail, Tiles | None, Tiles | None, np.ndarray, int] | None
+
+
+class HeadGroup:
+    """Keys and values of some KV heads of a layer, under one evictor.
+
+    New tokens enter the tail, are attended, and leave it for the sink and the body (or for good) when the evictor's
+    split of its budget says so.  Everything is counted per batch row from the row's first real token.
+    """
+
+    def __init__(self, evictor: Evictor | None, sizes: Sizes, token_ids: TokenIds | None = None, tokenizer: Any = None):
+        self.evictor = evictor if evictor is not None and evictor.evicts() else None
+        self.online = self.evictor is not None and self.evictor.when == "online"
+        self.needs = Needs() if self.evictor is None else self.evictor.requirements()
+        self.sizes, self._token_ids, self._tokenizer = sizes, token_ids, tokenizer
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every token."""
+        self.tail: Tail | None = None
+        self.sink: Tiles | None = None
+        self.body: Tiles | None = None
+        self.tokens = np.zeros(0, dtype=np.int64)  # seen by each row, padding left out
+        self.open = True  # whether the prompt may still grow
+        self._split: Split | None = None  # frozen when the prompt ends
+        self._until_seal = 0  # tokens until the next block is due
+        self._queries: Tensor | None = None  # newest prompt queries, for votes
+        self._draft: _Draft | None = None
+        self._spec = Spec(1.0)  # how the model attends, from the last chunk
+
+    # ------------------------------------------------------------------------------------------------ one chunk
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec, recording: bool) -> Tensor:
+        """Take in a chunk k [B, H, n, d], v [B, H, n, dv] whose last new[r] tokens of row r are real, and attend its
+        queries q [B, Hq, n, d] to all that is held.  While `recording`, the chunk stays provisional until `crop`.
+        Returns fp32 [B, Hq, n, dv]."""
+        self._accept()
+        n = q.shape[2]
+        if self.tail is None:
+            self.tail = Tail(k, v, ("mass",) if self.needs.mass else ())
+            self.tokens = np.zeros(len(k), dtype=np.int64)
+        elif n == 1:
+            self.finish_prefill()
+        prompt = self.open or (n > 1 and not recording)
+        if not recording or self.evictor is None or self._reversible:
+            return self._advance(q, k, v, new, spec, prompt)[0]
+        return self._provisional(q, k, v, new, spec)
+
+    @property
+    def _reversible(self) -> bool:
+        """Whether forgetting the newest tokens leaves no trace: nothing is observed or sealed any more."""
+        return not self.open and not self.online
+
+    def _advance(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: np.ndarray,
+        spec: Spec,
+        prompt: bool,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """append -> attend -> observe -> seal; with `lse` given the attention is known and only replayed."""
+        assert self.tail is not None
+        self.tail.append(k, v, new)
+        self.tokens = self.tokens + new
+        out = q
+        if lse is None:
+            out, lse = self._attend(q, spec, prompt)
+        if self.evictor is not None:
+            self._observe(q, lse, new, spec, prompt)
+            self._until_seal -= q.shape[2]
+            if self.online and (prompt or self._until_seal <= 0):
+                self._seal()
+        return out, lse
+
+    def _attend(self, q: Tensor, spec: Spec, prompt: bool) -> tuple[Tensor, Tensor]:
+        assert self.tail is not None
+        parts = [kept.attend(q, spec) for kept in (self.sink, self.body) if kept is not None]
+        parts.append(self.tail.attend(q, spec, *self._band(prompt)))
+        return merge(parts, spec.sinks)
+
+    def _band(self, prompt: bool) -> tuple[int | None, int | Tensor]:
+        """What a query sees of the tail; rows whose sink has left it have none there."""
+        window, sink = (None, 0) if self.evictor is None else self.evictor.band(prompt)
+        if window is None or self.sink is None:
+            return window, sink
+        gone = self.sink.counts[:, 0]
+        if gone.all():
+            return window, 0
+        return window, torch.from_numpy(np.where(gone > 0, 0, sink)).to(self.sink.k.device)
+
+    def _observe(self, q: Tensor, lse: Tensor, new: np.ndarray, spec: Spec, prompt: bool) -> None:
+        """Keep what the evictor asked for; queries of padding count for nothing."""
+        self._spec = spec
+        if self.needs.votes and self.open:
+            self._remember(q, new)
+        if self.needs.mass and (self.open or self.online):
+            self._accumulate(q, lse, new, prompt)
+
+    def _remember(self, q: Tensor, new: np.ndarray) -> None:
+        """Carry the newest queries across prompt chunks, for the votes at its end."""
+        n = q.shape[2]
+        held = q if self._queries is None else torch.cat([self._queries, q], 2)
+        if self._queries is not None and (new < n).any():
+            held = close_gaps(held, n - new, new)
+        self._queries = held[:, :, -self.needs.votes :].clone()
+
+    def _accumulate(self, q: Tensor, lse: Tensor, new: np.ndarray, prompt: bool) -> None:
+        """Add the attention that every held token gets from q to its mass."""
+        assert self.tail is not None
+        n = q.shape[2]
+        if (new < n).any():
+            row = torch.arange(n, device=q.device)
+            padding = row < torch.from_numpy(n - new).to(q.device)[:, None]
+            lse = lse.masked_fill(padding[:, None], float("inf"))
+        mass = self.tail.column_mass(q, lse, self._spec, *self._band(prompt))
+        self.tail.fields["mass"][:, :, : self.tail.end] += mass
+        if self.body is not None:
+            mass = self.body.fields["mass"] + self.body.column_mass(q, lse, self._spec)
+            self.body = self.body.with_fields(mass=mass)
+
+    # ------------------------------------------------------------------------------------------- moving tokens on
+    def finish_prefill(self) -> None:
+        """The prompt is complete: freeze fractional budgets and let one-shot methods evict.  Idempotent."""
+        if not self.open or self.tail is None or not self.tokens.any():
+            return
+        if self._draft is not None:
+            self.crop(0)  # comes back here with nothing provisional
+            return
+        if self.evictor is not None:
+            self._split = self.evictor.split(self.tokens, self.sizes)
+            if self.online:
+                self._seal()
+            else:
+                over = self.tokens > self._split.total
+                self._compress(np.where(over, self.tokens - self._split.recent, 0), self._split)
+                self._queries = None
+                self.tail.fields = {}
+                self.body = None if self.body is None else self.body.with_fields()
+        self.open = False
+
+    def _seal(self) -> None:
+        """Move what is due out of the tail: whole blocks, counted from each row's first token."""
+        assert self.evictor is not None and self.tail is not None
+        split = self._split or self.evictor.split(self.tokens, self.sizes)
+        sealed = self.tokens - self.tail.lengths
+        due = np.maximum(split.total, sealed + split.recent + split.block)
+        target = (self.tokens - split.recent) // split.block * split.block
+        oldest = np.where(self.tokens >= due, np.maximum(target - sealed, 0), 0)
+        self._compress(oldest, split)
+        sealed += oldest
+        self._until_seal = int((np.maximum(split.total, sealed + split.recent + split.block) - self.tokens).min())
+
+    def _compress(self, oldest: np.ndarray, split: Split) -> None:
+        """Rank the body and the `oldest[r]` first tail tokens of each row together; keep the best as the new body."""
+        assert self.evictor is not None and self.tail is not None
+        if not oldest.any():
+            return
+        device, heads = self.tail.k.device, self.tail.k.shape[1]
+        m = int(oldest.max())
+        steps = torch.arange(m, device=device)
+        sealed = torch.from_numpy(self.tokens - self.tail.lengths).to(device)[:, None]
+        count = torch.from_numpy(oldest).to(device)[:, None]
+        begin = torch.from_numpy(self.tail.starts).to(device)[:, None]
+        position = (sealed + steps).int()
+        slot = torch.where(steps < count, begin + steps, -1)[:, None].expand(-1, heads, -1)
+        is_sink = (position < torch.from_numpy(split.sink).to(device)[:, None]) & (slot[:, 0] >= 0)
+
+        candidates = Candidates(self.body, self.tail, slot, position[:, None].expand_as(slot))
+        rankable = candidates.valid.clone()
+        rankable[..., candidates.from_body :] &= ~is_sink[:, None]
+        view = View(
+            candidates.positions,
+            candidates.valid,
+            candidates.field("mass") if self.needs.mass else None,
+            self._votes(candidates) if self.needs.votes else None,
+            self._fetch(candidates),
+            self._tokenizer,
+        )
+        keep = self.evictor.keep(view, rankable, torch.from_numpy(split.body).to(device)) & rankable
+        body = candidates.gather(keep)
+        if is_sink.any():
+            first = Candidates(self.sink, self.tail, slot, position[:, None].expand_as(slot))
+            chosen = first.valid.clone()
+            chosen[..., first.from_body :] &= is_sink[:, None]
+            self.sink = first.gather(chosen, fields=False)
+        self.body = body
+        self.tail.drop(oldest)
+
+    def _votes(self, candidates: Candidates) -> Tensor:
+        """Probability the candidates got from the newest prompt queries, averaged over each group's query heads."""
+        assert self.tail is not None and self._queries is not None
+        spec = self._spec
+        group = self._queries.shape[1] // self.tail.k.shape[1]
+        _, lse = merge([self.tail.attend(self._queries, spec)], spec.sinks)
+        mass = self.tail.column_mass(self._queries, lse, spec) / group
+        return candidates.take_tail(mass).masked_fill(~candidates.valid, 0)
+
+    def _fetch(self, candidates: Candidates) -> Callable[[str], Tensor]:
+        def fetch(what: str) -> Tensor:
+            if what != "token_ids":
+                return candidates.vectors(what)
+            if self._token_ids is None:
+                raise ValueError("token ids were not asked for: declare needs = Needs(token_ids=True)")
+            return self._token_ids(candidates.positions)
+
+        return fetch
+
+    # ------------------------------------------------------------------------------------------------- rolling back
+    def _provisional(self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec) -> Tensor:
+        """Attend a chunk whose newest tokens may be taken back."""
+        assert self.tail is not None
+        final = max(0, q.shape[2] - DRAFT)
+        if self.open:  # attended as one prompt chunk; the newest queries vote, and blocks are sealed, after `crop`
+            self.tail.append(k, v, new)
+            self.tokens = self.tokens + new
+            out, lse = self._attend(q, spec, prompt=True)
+            if final:
+                early = lse.clone()
+                early[:, :, final:] = float("inf")
+                self._spec = spec
+                if self.needs.votes:
+                    self._remember(q[:, :, :final], np.maximum(new - DRAFT, 0))
+                if self.needs.mass:
+                    self._accumulate(q, early, new, prompt=True)
+            self._draft = _Draft(q[:, :, final:], k, v, new, lse[:, :, final:], spec, None)
+            return out
+        outs = []
+        if final:
+            head = np.maximum(new - DRAFT, 0)
+            outs.append(self._advance(q[:, :, :final], k[:, :, :final], v[:, :, :final], head, spec, prompt=True)[0])
+            q, k, v, new = q[:, :, final:], k[:, :, final:], v[:, :, final:], new - head
+        before = (self.tail.snapshot(), self.sink, self.body, self.tokens, self._until_seal)
+        pairs = list(self._one_by_one(q, k, v, new, spec, None))
+        lse = torch.cat([lse for _, lse in pairs], 2)
+        self._draft = _Draft(q, k, v, new, lse, spec, before)
+        return torch.cat([*outs, *(out for out, _ in pairs)], 2)
+
+    def _one_by_one(
+        self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec, lse: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decode several tokens as if they came alone: in runs that end where a block is due."""
+        i, n = 0, q.shape[2]
+        while i < n:
+            j = min(n, i + max(1, self._until_seal))
+            part = slice(i, j)
+            count = np.clip(new - (n - j), 0, j - i)
+            known = None if lse is None else lse[:, :, part]
+            yield self._advance(q[:, :, part], k[:, :, part], v[:, :, part], count, spec, False, known)
+            i = j
+
+    def _accept(self) -> None:
+        """Whatever is still provisional has come to stay."""
+        if self._draft is not None:
+            self.crop(0)
+
+    def check_crop(self, n: int) -> None:
+        """Raise ValueError where taking back the newest n tokens would leave a trace."""
+        if n == 0:
+            return
+        if self._draft is not None:
+            if n > self._draft.q.shape[2]:
+                have = self._draft.q.shape[2]
+                raise ValueError(f"cannot take back {n} tokens: only the newest {have} are provisional")
+            return
+        held = 0 if self.tail is None else int(self.tail.lengths.min())
+        if n > held or not (self.evictor is None or self._reversible):
+            name = "full" if self.evictor is None else self.evictor.name
+            raise ValueError(
+                f"cannot take back {n} tokens from a {name} cache that holds {held} newest ones: they were not "
+                "provisional and have left their mark; call cache.activate_past_recording() before the tokens arrive"
+            )
+
+    def crop(self, n: int) -> None:
+        """Take back the newest n tokens of every row; other provisional tokens become final and the prompt ends."""
+        self.check_crop(n)
+        draft, self._draft = self._draft, None
+        if draft is not None and draft.before is not None:
+            if n:
+                self._replay(draft, n)
+        elif self.tail is not None:
+            self.tail.take_back(n)
+            self.tokens = self.tokens - n
+            if draft is not None and draft.q.shape[2] > n:
+                stay = draft.q.shape[2] - n
+                new = np.clip(draft.new - n, 0, stay)
+                self._observe(draft.q[:, :, :stay], draft.lse[:, :, :stay], new, draft.spec, prompt=True)
+        self.finish_prefill()
+
+    def _replay(self, draft: _Draft, n: int) -> None:
+        """Back to the state before the draft, then once more through its accepted tokens."""
+        assert draft.before is not None
+        self.tail, self.sink, self.body, self.tokens, self._until_seal = draft.before
+        stay = draft.q.shape[2] - n
+        if stay:
+            q, k, v, lse = (x[:, :, :stay] for x in (draft.q, draft.k, draft.v, draft.lse))
+            new = np.clip(draft.new - n, 0, stay)
+            for _ in self._one_by_one(q, k, v, new, draft.spec, lse):
+                pass
+
+    # ---------------------------------------------------------------------------------------------------- the rest
+    def take_in(self, k: Tensor, v: Tensor, new: np.ndarray) -> None:
+        """Hold a chunk that somebody else attends; only for groups that keep everything."""
+        assert self.evictor is None
+        if self.tail is None:
+            self.tail = Tail(k, v)
+            self.tokens = np.zeros(len(k), dtype=np.int64)
+        self.tail.append(k, v, new)
+        self.tokens = self.tokens + new
+
+    def copy(self, token_ids: TokenIds | None) -> HeadGroup:
+        """An independent group in the same state; what is provisional becomes final in both."""
+        self._accept()
+        twin = HeadGroup(self.evictor, self.sizes, token_ids, self._tokenizer)
+        twin.__dict__.update({**self.__dict__, "_token_ids": token_ids})
+        twin.tail = None if self.tail is None else self.tail.copy()
+        return twin
+
+    def reorder(self, rows: Tensor) -> None:
+        """Select batch rows [B']; some may repeat, some may go."""
+        if self.tail is None:
+            return
+        self._accept()
+        self.tail.reorder(rows)
+        self.sink = None if self.sink is None else self.sink.reorder(rows)
+        self.body = None if self.body is None else self.body.reorder(rows)
+        self._queries = None if self._queries is None else self._queries.index_select(0, rows)
+        if len(rows) != len(self.tokens) or (self.tokens != self.tokens[0]).any():
+            chosen = rows.cpu().numpy()
+            self.tokens = self.tokens[chosen]
+            if self._split is not None:
+                s = self._split
+                self._split = Split(s.sink[chosen], s.recent[chosen], s.block[chosen], s.body[chosen])
+
+    def kept(self) -> np.ndarray:
+        """Tokens held, int64 [B, H]."""
+        if self.tail is None:
+            return np.zeros((0, 0), dtype=np.int64)
+        counts = np.repeat(self.tail.lengths[:, None], self.tail.k.shape[1], 1)
+        for kept in (self.sink, self.body):
+            counts = counts if kept is None else counts + kept.counts
+        return counts
+
+    def positions(self) -> list[list[Tensor]]:
+        """Positions of the tokens held, ascending, per batch row and head."""
+        assert self.tail is not None
+        first = self.tokens - self.tail.lengths
+        rows: list[list[Tensor]] = []
+        for r, head in np.ndindex(len(self.tokens), self.tail.k.shape[1]):
+            held = []
+            for kept in (self.sink, self.body):
+                if kept is not None:
+                    slots = kept.slots()[r, head]
+                    held.append(kept.positions.flatten()[slots[slots >= 0]])
+            held.append(torch.arange(int(first[r]), int(self.tokens[r]), dtype=torch.int32))
+            if head == 0:
+                rows.append([])
+            rows[r].append(torch.cat([x.cpu() for x in held]).sort().values)
+        return rows
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        """Every storage the group holds, by part."""
+        found: dict[str, list[Tensor]] = {"sink": [], "body": [], "tail": [], "statistics": [], "staging": []}
+        for name, kept in (("sink", self.sink), ("body", self.body)):
+            if kept is not None:
+                found[name] += kept.tensors()
+                found["statistics"] += kept.bookkeeping()
+        if self.tail is not None:
+            found["tail"] += self.tail.tensors()
+            found["statistics"] += self.tail.bookkeeping()
+        if self._queries is not None:
+            found["statistics"].append(self._queries)
+        if self._draft is not None:
+            draft = self._draft
+            found["staging"] += [draft.q, draft.k, draft.v, draft.lse]
+            if draft.before is not None:
+                tail, sink, body, *_ = draft.before
+                for kept in (sink, body):
+                    found["staging"] += [] if kept is None else [*kept.tensors(), *kept.bookkeeping()]
+                found["staging"] += [*tail.tensors(), *tail.bookkeeping()]
+        return found
+
+    def nbytes(self, used: bool, seen: set[int]) -> dict[str, int]:
+        """Bytes by part: allocated, or with `used` those of the tokens held, slack left out."""
+        parts = self.parts()
+        sizes = {name: allocated(tensors, seen) for name, tensors in parts.items()}
+        if used and self.tail is not None:
+            vector = (self.tail.k.shape[3] + self.tail.v.shape[3]) * self.tail.k.element_size()
+            held = int(self.tail.lengths.sum()) * self.tail.k.shape[1]
+            sizes["tail"] = held * vector
+            statistics = 4 * held * len(self.tail.fields)
+            for name, kept in (("sink", self.sink), ("body", self.body)):
+                if kept is not None:
+                    sizes[name] = int(kept.counts.sum()) * vector
+                    statistics += int(kept.counts.sum()) * 4 * (1 + len(kept.fields))
+            queries = 0 if self._queries is None else self._queries.nbytes
+            sizes["statistics"] = statistics + queries
+        return sizes

@@ -1,0 +1,200 @@
+"""One layer's cache: its head groups, and what one chunk of queries, keys and values does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.group import HeadGroup, TokenIds
+from kvlib.segment import Spec
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Which columns of a chunk [B, n] are tokens: `count` [B] of them per row, the rest padding.
+
+    order [B, n] puts each row's tokens last, in order, and inverse undoes it; both None where they stand last already.
+    """
+
+    count: np.ndarray
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> NewTokens:
+        """Read a chunk's padding mask [B, n], nonzero for tokens.  Costs one transfer to the host."""
+        real = mask.to(torch.bool)
+        host = real.cpu().numpy()
+        count = host.sum(1)
+        if (host == (np.arange(host.shape[1]) >= host.shape[1] - count[:, None])).all():
+            return cls(count)
+        order = real.long().argsort(dim=1, stable=True)
+        return cls(count, order, order.argsort(1))
+
+
+class Layer:
+    """Keys and values of one attention layer, split into head groups.
+
+    heads[i] are the KV heads of groups[i], or None for all.  Storage is created on the device of the first keys.
+    """
+
+    def __init__(self, groups: Sequence[HeadGroup], heads: Sequence[np.ndarray | None]):
+        self.groups = list(groups)
+        self.heads = list(heads)
+        self._index: list[tuple[Tensor, Tensor]] | None = None  # per group (KV heads, query heads) on the device
+        self._inverse: Tensor | None = None
+        self.shape: tuple[int, int, int, int] | None = None  # batch, KV heads, d, dv
+
+    def clear(self) -> None:
+        """Forget every token, and the batch they came from."""
+        for group in self.groups:
+            group.clear()
+        self.shape = None
+
+    @torch.no_grad()
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False
+    ) -> Tensor:
+        """Take in a chunk and attend it: q [B, Hq, n, d], k [B, H, n, d], v [B, H, n, dv] post-rotary; returns
+        [B, Hq, n, dv] in q's dtype.  `new` is None where every column is a token.
+
+        Raises ValueError, with the cache as it was, for a chunk that does not fit what is held.
+        """
+        self.check(k, v)
+        if new is None:
+            new = NewTokens(np.full(k.shape[0], k.shape[2], dtype=np.int64))
+        if new.order is not None:
+            q, k, v = (_permute(x, new.order) for x in (q, k, v))
+        self.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
+        if len(self.groups) == 1:
+            out = self.groups[0].forward(q, k, v, new.count, spec, recording)
+        else:
+            out = self._forward_groups(q, k, v, new, spec, recording)
+        if new.inverse is not None:
+            out = _permute(out, new.inverse)
+        return out.to(q.dtype)
+
+    def check(self, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError unless a chunk k [B, H, n, d], v fits what is held."""
+        if self.shape is None:
+            return
+        tail = self.groups[0].tail
+        assert tail is not None
+        got = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
+        if got != self.shape:
+            raise ValueError(
+                f"the cache holds (batch, KV heads, key size, value size) = {self.shape}, the new tokens have {got}: "
+                "call cache.reset() before another batch, or make a cache of its own for it"
+            )
+        if k.dtype != tail.k.dtype or k.device != tail.k.device:
+            raise ValueError(
+                f"the cache holds {tail.k.dtype} on {tail.k.device}, the new tokens are {k.dtype} on {k.device}: "
+                "call cache.reset() after moving or casting the model"
+            )
+
+    def _forward_groups(self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens, spec: Spec, recording: bool) -> Tensor:
+        if self._index is None or self._index[0][0].device != q.device:
+            self._place_heads(q.shape[1] // k.shape[1], q.device)
+        assert self._index is not None and self._inverse is not None
+        outs = []
+        for group, (kv_heads, q_heads) in zip(self.groups, self._index, strict=True):
+            own = spec if spec.sinks is None else replace(spec, sinks=spec.sinks[q_heads])
+            chunk = q[:, q_heads], k[:, kv_heads], v[:, kv_heads]
+            outs.append(group.forward(*chunk, new.count, own, recording))
+        return torch.cat(outs, 1).index_select(1, self._inverse)
+
+    def _place_heads(self, per_kv: int, device: torch.device) -> None:
+        self._index = []
+        for heads in self.heads:
+            assert heads is not None
+            queries = (heads[:, None] * per_kv + np.arange(per_kv)).ravel()
+            self._index.append((torch.from_numpy(heads).to(device), torch.from_numpy(queries).to(device)))
+        self._inverse = torch.cat([queries for _, queries in self._index]).argsort()
+
+    def finish_prefill(self) -> None:
+        """The prompt is complete: one-shot methods evict, fractional budgets are frozen."""
+        for group in self.groups:
+            group.finish_prefill()
+
+    def check_crop(self, n: int) -> None:
+        """Raise ValueError where `crop(n)` would."""
+        for group in self.groups:
+            group.check_crop(n)
+
+    def crop(self, n: int) -> None:
+        """Take back the newest n tokens of every row."""
+        for group in self.groups:
+            group.crop(n)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Select batch rows [B']."""
+        if self.shape is None:
+            return
+        for group in self.groups:
+            group.reorder(rows)
+        self.shape = (len(rows), *self.shape[1:])
+
+    def dense(self) -> tuple[Tensor, Tensor] | None:
+        """All keys and values [B, H, seen, d] where nothing was ever moved or dropped, else None."""
+        if len(self.groups) != 1:
+            return None
+        group = self.groups[0]
+        tail = group.tail
+        if tail is None or group.sink is not None or group.body is not None or tail.repacked or group.evictor is not None:
+            return None
+        return tail.k[:, :, : tail.end], tail.v[:, :, : tail.end]
+
+    def copy(self, token_ids: TokenIds | None) -> Layer:
+        """An independent layer in the same state, reading ids from `token_ids`."""
+        twin = Layer([group.copy(token_ids) for group in self.groups], self.heads)
+        twin.shape, twin._index, twin._inverse = self.shape, self._index, self._inverse
+        return twin
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer lives."""
+        tail = self.groups[0].tail
+        assert tail is not None
+        return tail.k.device
+
+    def kept(self) -> np.ndarray:
+        """Tokens held, int64 [B, H]."""
+        if self.shape is None:
+            return np.zeros((0, 0), dtype=np.int64)
+        counts = np.zeros(self.shape[:2], dtype=np.int64)
+        for group, heads in zip(self.groups, self.heads, strict=True):
+            counts[:, slice(None) if heads is None else heads] = group.kept()
+        return counts
+
+    def positions(self) -> list[list[Tensor]]:
+        """Positions of the tokens held, ascending, per batch row and KV head."""
+        if self.shape is None:
+            return []
+        rows: list[list[Tensor]] = [[torch.empty(0)] * self.shape[1] for _ in range(self.shape[0])]
+        for group, heads in zip(self.groups, self.heads, strict=True):
+            held = group.positions()
+            for r, row in enumerate(held):
+                for i, found in enumerate(row):
+                    rows[r][i if heads is None else heads[i]] = found
+        return rows
+
+    def nbytes(self, used: bool, seen: set[int]) -> dict[str, int]:
+        """Bytes by part; see `Cache.nbytes`."""
+        total: dict[str, int] = {}
+        for group in self.groups:
+            for part, size in group.nbytes(used, seen).items():
+                total[part] = total.get(part, 0) + size
+        index = [x for pair in self._index or [] for x in pair]
+        if self._inverse is not None:
+            index.append(self._inverse)
+        total["statistics"] = total.get("statistics", 0) + sum(x.nbytes for x in index)
+        return total
+
+
+def _permute(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x [B, H, n, d] in the order [B, n]."""
+    return x.gather(2, order[:, None, :, None].expand_as(x))

@@ -1,0 +1,254 @@
+"""Recipes: one choice per role, written as a string or a dataclass, checked before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+import kvlib.policies  # noqa: F401  (registers the methods)
+from kvlib.policies.base import (
+    BudgetedEvictor,
+    Evictor,
+    HeadSplit,
+    Method,
+    RecipeError,
+    Sizes,
+    check_whole,
+    parameters,
+    registered,
+)
+
+ROLES = ("heads", "evict", "select", "codec", "tier", "prefill")
+_SIZES = ("sink", "recent", "block")
+_TIERS = ("device",)
+_PREFILLS = ("dense",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One choice per role: which heads form groups, what is evicted, read, encoded, where it lives, how prompts attend.
+
+    heads: a `HeadSplit` or None.  evict: an `Evictor` or None (keep everything).  select, codec: None (read everything,
+    keep it as it is).  tier: "device".  prefill: "dense".  sink, recent, block: sizes in tokens that override what the
+    evictor would choose from its budget.
+
+    Raises RecipeError where the combination cannot work.
+    """
+
+    heads: HeadSplit | None = None
+    evict: Evictor | None = None
+    select: None = None
+    codec: None = None
+    tier: str = "device"
+    prefill: str = "dense"
+    sink: int | None = None
+    recent: int | None = None
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        for role, kind in (("heads", HeadSplit), ("evict", Evictor)):
+            value = getattr(self, role)
+            if value is not None and not isinstance(value, kind):
+                raise RecipeError("recipe", role, value, f"give a method of the role {role!r} or None")
+        for role in ("select", "codec"):
+            if getattr(self, role) is not None:
+                raise RecipeError("recipe", role, getattr(self, role), "no method has this role yet: leave it None")
+        if self.tier not in _TIERS:
+            raise RecipeError("recipe", "tier", self.tier, f"give one of {', '.join(_TIERS)}")
+        if self.prefill not in _PREFILLS:
+            raise RecipeError("recipe", "prefill", self.prefill, f"give one of {', '.join(_PREFILLS)}")
+        for size in _SIZES:
+            if getattr(self, size) is not None:
+                check_whole("recipe", size, getattr(self, size), 1 if size == "block" else 0)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        written = [size for size in _SIZES if getattr(self, size) is not None]
+        if self.evict is None:
+            if written:
+                value = getattr(self, written[0])
+                raise RecipeError("recipe", written[0], value, "nothing is evicted: add an evictor or leave it out")
+            return
+        if self.block is not None and self.evict.when == "prefill_end":
+            remedy = f"{self.evict.name} evicts once, when the prompt ends, and has no blocks: leave it out"
+            raise RecipeError("recipe", "block", self.block, remedy)
+        if isinstance(self.evict, BudgetedEvictor) and isinstance(self.evict.budget, int):
+            taken = sum(getattr(self, size) or 0 for size in written)
+            if taken > self.evict.budget:
+                remedy = f"{' + '.join(f'{s}={getattr(self, s)}' for s in written)} exceed it: give {taken} or more"
+                raise RecipeError(self.evict.name, "budget", self.evict.budget, remedy)
+        self.evict.split(np.ones(1, dtype=np.int64), self.sizes)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes this recipe prescribes."""
+        return Sizes(self.sink, self.recent, self.block)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a token can be given up for good."""
+        return (self.evict is not None and self.evict.evicts()) or self.heads is not None
+
+    @property
+    def chunk_invariant(self) -> bool:
+        """Whether a prompt fed in chunks gives what the whole prompt gives."""
+        evictors = [self.evict, self.heads.streaming() if self.heads else None]
+        return all(evictor is None or evictor.chunk_invariant for evictor in evictors)
+
+    def unlimited(self) -> Recipe:
+        """The same recipe with so much budget that nothing is given up; by contract the same bits as `full`."""
+        heads = None if self.heads is None else self.heads.unlimited()
+        evict = None if self.evict is None else self.evict.unlimited()
+        return dataclasses.replace(self, heads=heads, evict=evict)
+
+    def __str__(self) -> str:
+        terms = [str(method) for method in (self.heads, self.evict) if method is not None]
+        terms += [f"{size}={getattr(self, size)}" for size in _SIZES if getattr(self, size) is not None]
+        return " + ".join(terms) or "full"
+
+    @classmethod
+    def parse(cls, text: str | Recipe) -> Recipe:
+        """Read `"method(argument=value, ...) + method + sink=4"`; `Recipe.parse(str(recipe)) == recipe`.
+
+        Values are Python literals or bare words (paths).  `@ device` names the tier.  Raises RecipeError.
+        """
+        if isinstance(text, Recipe):
+            return text
+        if not isinstance(text, str):
+            raise RecipeError("recipe", None, text, f'give a string such as "h2o(budget=256)", not {text!r}')
+        body, tier = _split_tier(text)
+        roles: dict[str, Any] = {}
+        for term in _split(body, "+"):
+            role, value = _term(term.strip(), text)
+            if role is None:
+                continue
+            if role in roles:
+                _refuse_second(role, roles[role], value)
+            roles[role] = value
+        if tier is not None:
+            roles["tier"] = tier
+        return cls(**roles)
+
+
+def methods() -> list[dict[str, Any]]:
+    """What exists: name, role, paper (arXiv id), lossy or not, idea and parameters of every method."""
+    rows = [
+        {
+            "name": "full",
+            "role": "evict",
+            "paper": "",
+            "lossy": False,
+            "idea": "Keep and read every token.",
+            "parameters": {},
+        }
+    ]
+    for name, method in sorted(registered().items()):
+        rows.append(
+            {
+                "name": name,
+                "role": method.role,
+                "paper": method.paper,
+                "lossy": not method.lossless_recall,
+                "idea": method.idea(),
+                "parameters": parameters(method),
+            }
+        )
+    return rows
+
+
+def _term(term: str, text: str) -> tuple[str | None, Any]:
+    """One term of a recipe: (role, value), or (None, None) for `full`."""
+    size = re.fullmatch(r"(\w+)\s*=\s*(.*)", term, re.DOTALL)
+    if size:
+        if size[1] not in _SIZES:
+            raise RecipeError("recipe", size[1], size[2], _nearest(size[1], _SIZES, "size"))
+        return size[1], _value(size[2])
+    call = re.fullmatch(r"([\w.-]+)\s*(?:\((.*)\))?", term, re.DOTALL)
+    if not call:
+        raise RecipeError(repr(text), None, term, f'cannot read {term!r}: write "name(argument=value) + name"')
+    name, arguments = call[1], call[2] or ""
+    if name == "full":
+        if arguments.strip():
+            raise RecipeError("full", None, arguments, f"takes no arguments, not {arguments!r}: write full")
+        return None, None
+    known = registered()
+    if name not in known:
+        raise RecipeError(name, None, name, _nearest(name, [*known, "full"], "method"))
+    method = known[name]
+    return method.role, _build(method, arguments)
+
+
+def _build(method: type[Method], arguments: str) -> Method:
+    """Make a method from its written arguments."""
+    written: dict[str, str] = {}
+    for argument in _split(arguments, ","):
+        if not argument.strip():
+            continue
+        key, equals, value = argument.partition("=")
+        key, value = key.strip(), value.strip()
+        if not equals or not value or not key.isidentifier():
+            remedy = f"cannot read {argument.strip()!r}: write argument=value"
+            raise RecipeError(method.name, None, argument.strip(), remedy)
+        if key not in parameters(method):
+            raise RecipeError(method.name, key, value, _nearest(key, list(parameters(method)), "argument"))
+        if key in written:
+            raise RecipeError(method.name, key, value, "given twice: leave one out")
+        written[key] = value
+    try:
+        return method(**{key: _value(value) for key, value in written.items()})
+    except RecipeError as error:
+        if error.argument in written:  # show the value as it was written
+            raise RecipeError(error.method, error.argument, written[error.argument], error.remedy) from None
+        raise
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split outside parentheses and quotes."""
+    pieces, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == separator and depth == 0:
+            pieces.append(text[start:i])
+            start = i + 1
+    return [*pieces, text[start:]]
+
+
+def _split_tier(text: str) -> tuple[str, str | None]:
+    body, *tiers = _split(text, "@")
+    if len(tiers) > 1:
+        raise RecipeError(repr(text), None, text, "names two tiers: write one '@ tier' at the end")
+    return body, tiers[0].strip() if tiers else None
+
+
+def _refuse_second(role: str, first: Any, second: Any) -> NoReturn:
+    if role in _SIZES:
+        raise RecipeError("recipe", role, second, "given twice: leave one out")
+    what = {"evict": "evictors: what one drops the other cannot rank", "heads": "head splits: a head has one group"}
+    names = f"{first.name} and {second.name}"
+    raise RecipeError(names, None, names, f"both are {what[role]}; a recipe takes one")
+
+
+def _nearest(name: str, known: Any, what: str) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+    return f"there is no {what} {name!r}: {hint}"

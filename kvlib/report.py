@@ -1,0 +1,59 @@
+"""Say what a cache holds, what it gave up and what ran."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvlib.hf import Cache
+
+
+def report(cache: Cache) -> str:
+    """Plain text, a fact per line."""
+    lines = [f"recipe      {cache.recipe}" + ("  (lossy: evicted tokens are gone)" if cache.recipe.lossy else "")]
+    spec = cache.spec
+    stock = len(cache.layers) - len(cache.managed)
+    kept_stock = f"; {stock} sliding or linear layers keep their stock cache" if stock else ""
+    lines.append(
+        f"model       {spec.family}: {spec.layers} layers, {spec.q_heads} query and {spec.kv_heads} KV heads of size "
+        f"{spec.head_dim}{kept_stock}"
+    )
+    lines += _tokens(cache)
+    lines += _bytes(cache)
+    if cache.table is not None:
+        lines.append(_heads(cache))
+    lines.append("ran         attention, merge and column mass: torch reference (no Triton kernels in this version)")
+    return "\n".join(lines)
+
+
+def _tokens(cache: Cache) -> list[str]:
+    kept = cache.kept()
+    if not kept.numel():
+        return ["tokens      none yet"]
+    seen = [int(n) for n in cache.managed[0].store.groups[0].tokens]
+    total = sum(seen) * kept.shape[0] * kept.shape[2]
+    held = int(kept.sum())
+    given_up = 100 * (1 - held / max(1, total))
+    rows = str(seen[0]) if len(seen) == 1 else f"{min(seen)} to {max(seen)} in {len(seen)} rows"
+    span = f"{int(kept.min())} to {int(kept.max())}"
+    return [f"tokens      seen {rows}; held per head {span}; given up {given_up:.1f} % of all keys and values"]
+
+
+def _bytes(cache: Cache) -> list[str]:
+    parts = {name: size for name, size in cache.nbytes(by="part").items() if size}
+    total = sum(parts.values())
+    full = cache.full_nbytes()
+    share = f" = {100 * total / full:.1f} % of the full cache's {full:,} bytes" if full else ""
+    split = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+    return [f"bytes       {total:,} allocated on the device{share}" + (f" ({split})" if split else "")]
+
+
+def _heads(cache: Cache) -> str:
+    assert cache.table is not None and cache.recipe.heads is not None
+    streaming, gate = cache.streaming, cache.table.implied_gate(cache.streaming)
+    split = int(cache.managed_layers.sum()) * cache.spec.kv_heads
+    text = (
+        f"heads       {int(streaming.sum())} of {split} KV heads stream, by {cache.table.source}; the highest gate among "
+        f"them is {gate:.3f}"
+    )
+    return text + ("; above 0.5, so heads that need full attention stream: lower the sparsity" if gate > 0.5 else "")

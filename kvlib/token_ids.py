@@ -1,0 +1,67 @@
+"""The ids behind the tokens a cache has seen, by row and position, for methods that read text."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.layer import NewTokens
+from kvlib.segment import empty, slack
+
+
+class TokenIds:
+    """Ids [B, capacity] int32; row r holds those of positions 0..count[r]-1.  One store serves all layers."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every id."""
+        self.ids: Tensor | None = None
+        self.count = np.zeros(0, dtype=np.int64)
+
+    def append(self, ids: Tensor, new: NewTokens) -> None:
+        """Add the ids [B, n] of a chunk; raises ValueError for another batch size."""
+        batch, n = ids.shape
+        if self.ids is None:
+            self.ids = empty((batch, n + slack(n)), ids, torch.int32)
+            self.count = np.zeros(batch, dtype=np.int64)
+        if batch != len(self.count):
+            raise ValueError(f"the cache holds {len(self.count)} rows, the new ids have {batch}: call cache.reset()")
+        need = int((self.count + new.count).max())
+        if need > self.ids.shape[1]:
+            wider = empty((batch, need + slack(need)), self.ids)
+            wider[:, : self.ids.shape[1]] = self.ids
+            self.ids = wider
+        if new.order is not None:
+            ids = ids.gather(1, new.order)
+        column = torch.arange(n, device=ids.device)
+        first = torch.from_numpy(self.count - (n - new.count)).to(ids.device)[:, None]
+        real = column >= torch.from_numpy(n - new.count).to(ids.device)[:, None]
+        row = torch.arange(batch, device=ids.device)[:, None].expand(-1, n)
+        self.ids[row[real], (first + column)[real]] = ids[real].int()
+        self.count = self.count + new.count
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Ids at positions [B, H, M]."""
+        assert self.ids is not None
+        held = self.ids.to(positions.device)
+        index = positions.long().flatten(1).clamp(0, held.shape[1] - 1)
+        return held.gather(1, index).view(positions.shape).long()
+
+    def nbytes(self, used: bool) -> int:
+        """Bytes allocated, or with `used` those of the ids held."""
+        if self.ids is None:
+            return 0
+        return int(self.count.sum()) * self.ids.element_size() if used else self.ids.nbytes
+
+    def crop(self, n: int) -> None:
+        """Forget the newest n ids of every row."""
+        self.count = self.count - n
+
+    def reorder(self, rows: Tensor) -> None:
+        """Select batch rows."""
+        if self.ids is not None:
+            self.ids = self.ids.index_select(0, rows.to(self.ids.device))
+            self.count = self.count[rows.cpu().numpy()]

@@ -1,0 +1,1 @@
+"""Memory tiers: where the bytes of a cache live, counted from the storages that hold them."""

@@ -1,0 +1,1 @@
+"""Evictors: which tokens stay, for good."""

@@ -1,0 +1,1 @@
+"""Head splits: which KV heads keep everything and which only stream."""
