@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,34 +37,66 @@ class Visible:
     sink: int | Tensor = 0
     mask: Tensor | None = None
 
+    @property
+    def may_hide_all(self) -> bool:
+        """Whether some row may see no key at all."""
+        return self.start is not None or self.length is not None or self.mask is not None
+
 
 EVERYTHING = Visible()
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible = EVERYTHING, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of q over k, v and the natural-log sum of exp of its scaled logits.
+class Partial(NamedTuple):
+    """Attention over some of a sequence's keys.
 
-    q [B, Hq, n, d], k [B, H, T, d], v [B, H, T, dv] with Hq a multiple of H.  Returns out [B, Hq, n, dv] and lse
-    [B, Hq, n], both fp32; a row that sees no key gives (0, -inf), the identity of `merge`.
+    out [B, Hq, n, dv] fp32, softmax-normalised over these keys; lse [B, Hq, n] fp32, natural log, or None where it was not
+    asked for; p [B, Hq, T] fp32, the probabilities of a single query row, or None where they were not asked for.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    p: Tensor | None = None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    visible: Visible = EVERYTHING,
+    softcap: float | None = None,
+    lse: bool = True,
+    probabilities: bool = False,
+) -> Partial:
+    """Softmax attention of q over k, v; with `lse` also the natural-log sum of exp of its scaled logits.
+
+    q [B, Hq, n, d], k [B, H, T, d], v [B, H, T, dv] with Hq a multiple of H.  A row that sees no key gives (0, -inf), the
+    identity of `merge`.  `probabilities` are to be had for n = 1 only.
     """
     batch, q_heads, n, _ = q.shape
     heads, dv = k.shape[1], v.shape[-1]
     values = v.flatten(0, 1)
-    blocks = []
+    outs, lses = [], []
+    p = k.new_empty(0)
     for i, j, lo, hi, s in blocked_scores(q, k, scale, visible, softcap):
-        top = s.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
-        p = s.sub_(top).exp_()
-        total = p.sum(-1, keepdim=True)
+        p = s.softmax(-1)
+        if visible.may_hide_all:
+            p.nan_to_num_(0.0)
         rows = p.to(v.dtype).flatten(1, 2)
-        out = torch.bmm(rows, values[:, lo:hi]).view(batch * heads, -1, j - i, dv).float()
-        blocks.append((out / total.clamp_min(1e-37), (top + total.log()).squeeze(-1)))
-    if len(blocks) == 1:
-        out, lse = blocks[0]
-    else:
-        out, lse = torch.cat([b[0] for b in blocks], 2), torch.cat([b[1] for b in blocks], 2)
-    return out.view(batch, q_heads, n, dv), lse.view(batch, q_heads, n)
+        outs.append(torch.bmm(rows, values[:, lo:hi]).view(batch * heads, -1, j - i, dv))
+        if lse:
+            lses.append(_lse(s, p, visible.may_hide_all))
+    out = (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).float().view(batch, q_heads, n, dv)
+    total = None
+    if lse:
+        total = (lses[0] if len(lses) == 1 else torch.cat(lses, 2)).view(batch, q_heads, n)
+    return Partial(out, total, p.view(batch, q_heads, -1) if probabilities else None)
+
+
+def _lse(s: Tensor, p: Tensor, may_hide_all: bool) -> Tensor:
+    """Log-sum-exp of logits s from their softmax p: the largest probability is 1 / sum(exp(s - max))."""
+    lse = s.amax(-1) - p.amax(-1).log_()
+    return lse.nan_to_num_(nan=float("-inf"), neginf=float("-inf")) if may_hide_all else lse
 
 
 def blocked_scores(
@@ -80,20 +113,21 @@ def blocked_scores(
     for i in range(0, n, step):
         j = min(n, i + step)
         lo, hi = _key_range(visible, keys - n + i, keys - n + j, keys)
-        s = _product(q[:, :, i:j].reshape(batch * heads, group * (j - i), d), k[:, lo:hi].transpose(1, 2))
-        s = s.mul_(scale).view(batch * heads, group, j - i, hi - lo)
+        rows = q if j - i == n else q[:, :, i:j]
+        s = _product(rows.reshape(batch * heads, group * (j - i), d), k[:, lo:hi].transpose(1, 2), scale)
+        s = s.view(batch * heads, group, j - i, hi - lo)
         if softcap is not None:
             s = s.div_(softcap).tanh_().mul_(softcap)
-        _hide(s.view(batch, heads, group, j - i, hi - lo), visible, keys - n + i, lo, (i, j, keys))
+        if visible is not EVERYTHING:
+            _hide(s.view(batch, heads, group, j - i, hi - lo), visible, keys - n + i, lo, (i, j, keys))
         yield i, j, lo, hi, s
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float32:
-        return torch.bmm(a, b)
-    if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a, b).float()
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Scaled matrix products in fp32 (on CPU in half precision: rounded to it once)."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32).mul_(scale)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale).float()
 
 
 def _key_range(visible: Visible, first: int, last: int, keys: int) -> tuple[int, int]:

@@ -7,16 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvlib.kernels.attention import Partial
 
-def merge(parts: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Exact n-way merge of (out, lse) pairs: out [..., n, dv], lse [..., n], natural log, fp32.
 
-    A pair over no keys is (0, -inf), the identity; if every pair is empty so is the result.  `sinks` [Hq] are a model's
+def merge(parts: Sequence[Partial], sinks: Tensor | None = None) -> Partial:
+    """Exact n-way merge of partial results over disjoint keys; each but a lone one needs its lse.
+
+    A part over no keys is (0, -inf), the identity; if every part is empty so is the result.  `sinks` [Hq] are a model's
     own attention sinks (gpt-oss): logits that take probability and carry no value.  Source: arXiv 2402.05099.
     """
     if len(parts) == 1 and sinks is None:
         return parts[0]
-    lses = [lse for _, lse in parts]
+    lses = [part.lse for part in parts if part.lse is not None]
+    if len(lses) != len(parts):
+        raise ValueError("parts can be merged by their log-sum-exp only: ask attention for lse")
     if sinks is not None:
         lses.append(sinks.float().view(1, -1, 1).expand_as(lses[0]))
     stacked = torch.stack(lses)
@@ -24,13 +28,13 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], sinks: Tensor | None = None) -
     weights = (stacked - top).exp_()
     total = weights.sum(0)
     weights /= total.clamp_min(1e-37)
-    out = weights[0].unsqueeze(-1) * parts[0][0]
-    for weight, (part, _) in zip(weights[1:], parts[1:], strict=False):  # the sinks' weight has no part: no value
-        out.addcmul_(weight.unsqueeze(-1), part)
-    return out, top + total.log()
+    out = weights[0].unsqueeze(-1) * parts[0].out
+    for weight, part in zip(weights[1:], parts[1:], strict=False):  # the sinks' weight has no part: no value
+        out.addcmul_(weight.unsqueeze(-1), part.out)
+    return Partial(out, top + total.log())
 
 
-def merge_segments(out: Tensor, lse: Tensor, segment: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+def merge_segments(out: Tensor, lse: Tensor, segment: Tensor, segments: int) -> Partial:
     """Merge the pieces of each segment: out [G, g, n, dv], lse [G, g, n], segment [G] in 0..segments - 1.
 
     Returns [segments, g, n, dv] and [segments, g, n]; a segment without pieces is the identity (0, -inf).
@@ -43,4 +47,4 @@ def merge_segments(out: Tensor, lse: Tensor, segment: Tensor, segments: int) -> 
     total = torch.zeros(shape, device=lse.device).index_add_(0, segment, weight)
     merged = torch.zeros((*shape, out.shape[-1]), device=lse.device)
     merged.index_add_(0, segment, out * weight.unsqueeze(-1))
-    return merged / total.clamp_min(1e-37).unsqueeze(-1), top + total.log()
+    return Partial(merged / total.clamp_min(1e-37).unsqueeze(-1), top + total.log())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
+from importlib.metadata import version as _installed
 from typing import TYPE_CHECKING, Any
 
 from kvlib._version import __version__
@@ -22,7 +22,7 @@ OLDEST_TRANSFORMERS = (5, 17)
 def _transformers_problem() -> str | None:
     """Why the transformers front door cannot open, or None."""
     try:
-        found = _version("transformers")
+        found = _installed("transformers")
     except PackageNotFoundError:
         return "transformers is not installed: pip install 'transformers>=5.17'"
     if tuple(int(x) for x in found.split(".")[:2]) < OLDEST_TRANSFORMERS:

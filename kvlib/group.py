@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvlib.candidates import Candidates
+from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
 from kvlib.offload.account import allocated
 from kvlib.policies.base import Evictor, Needs, Sizes, Split, View
@@ -18,6 +19,7 @@ from kvlib.segment import Spec, Tail, Tiles, close_gaps
 
 DRAFT = 128  # most tokens that a rollback may take back
 
+_Masses = tuple[Tensor, Tensor | None]  # attention got by the tail's live slots and by the body's
 TokenIds = Callable[[Tensor], Tensor]  # positions [B, H, M] -> ids [B, H, M]
 
 
@@ -62,9 +64,9 @@ class HeadGroup:
         self._spec = Spec(1.0)  # how the model attends, from the last chunk
 
     # ------------------------------------------------------------------------------------------------ one chunk
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec, recording: bool) -> Tensor:
-        """Take in a chunk k [B, H, n, d], v [B, H, n, dv] whose last new[r] tokens of row r are real, and attend its
-        queries q [B, Hq, n, d] to all that is held.  While `recording`, the chunk stays provisional until `crop`.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray | None, spec: Spec, recording: bool) -> Tensor:
+        """Take in a chunk k [B, H, n, d], v [B, H, n, dv] whose last new[r] tokens of row r are real (None: all), and
+        attend its queries q [B, Hq, n, d] to all that is held.  While `recording`, the chunk stays provisional until `crop`.
         Returns fp32 [B, Hq, n, dv]."""
         self._accept()
         n = q.shape[2]
@@ -75,7 +77,9 @@ class HeadGroup:
             self.finish_prefill()
         prompt = self.open or (n > 1 and not recording)
         if not recording or self.evictor is None or self._reversible:
-            return self._advance(q, k, v, new, spec, prompt)[0]
+            return self._advance(q, k, v, new, spec, prompt).out
+        if new is None:
+            new = np.full(len(k), n, dtype=np.int64)
         return self._provisional(q, k, v, new, spec)
 
     @property
@@ -88,30 +92,51 @@ class HeadGroup:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        new: np.ndarray,
+        new: np.ndarray | None,
         spec: Spec,
         prompt: bool,
         lse: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        keep_lse: bool = False,
+    ) -> Partial:
         """append -> attend -> observe -> seal; with `lse` given the attention is known and only replayed."""
         assert self.tail is not None
         self.tail.append(k, v, new)
-        self.tokens = self.tokens + new
-        out = q
+        self.tokens = self.tokens + (q.shape[2] if new is None else new)
+        masses = None
         if lse is None:
-            out, lse = self._attend(q, spec, prompt)
+            part, masses = self._attend(q, spec, prompt, lse=self.needs.mass or keep_lse)
+        else:
+            part = Partial(q, lse)
         if self.evictor is not None:
-            self._observe(q, lse, new, spec, prompt)
+            self._observe(q, part.lse, new, spec, prompt, masses)
             self._until_seal -= q.shape[2]
             if self.online and (prompt or self._until_seal <= 0):
                 self._seal()
-        return out, lse
+        return part
 
-    def _attend(self, q: Tensor, spec: Spec, prompt: bool) -> tuple[Tensor, Tensor]:
+    def _attend(self, q: Tensor, spec: Spec, prompt: bool, lse: bool) -> tuple[Partial, _Masses | None]:
+        """Merged attention over sink, body and tail; for a single query row of a method that accumulates attention also
+        what the body and the tail got of it, which spares a second pass over the keys."""
         assert self.tail is not None
-        parts = [kept.attend(q, spec) for kept in (self.sink, self.body) if kept is not None]
-        parts.append(self.tail.attend(q, spec, *self._band(prompt)))
-        return merge(parts, spec.sinks)
+        observed = self.needs.mass and self.online and q.shape[2] == 1
+        kept = self.sink is not None or self.body is not None
+        parts = [] if self.sink is None else [self.sink.attend(q, spec)]
+        body = None if self.body is None else self.body.attend(q, spec, probabilities=observed)
+        if body is not None:
+            parts.append(body)
+        tail = self.tail.attend(
+            q, spec, *self._band(prompt), lse=lse or kept or spec.sinks is not None, probabilities=observed
+        )
+        merged = merge([*parts, tail], spec.sinks)
+        if not observed:
+            return merged, None
+        assert tail.p is not None and tail.lse is not None and merged.lse is not None
+        tail_p = tail.p * (tail.lse - merged.lse).exp()
+        tail_mass = tail_p.view(len(q), self.tail.k.shape[1], -1, tail_p.shape[-1]).sum(2)
+        if self.body is None or body is None:
+            return merged, (tail_mass, None)
+        assert body.p is not None and body.lse is not None
+        return merged, (tail_mass, self.body.mass_of(body.p, (body.lse - merged.lse).exp()))
 
     def _band(self, prompt: bool) -> tuple[int | None, int | Tensor]:
         """What a query sees of the tail; rows whose sink has left it have none there."""
@@ -123,35 +148,49 @@ class HeadGroup:
             return window, 0
         return window, torch.from_numpy(np.where(gone > 0, 0, sink)).to(self.sink.k.device)
 
-    def _observe(self, q: Tensor, lse: Tensor, new: np.ndarray, spec: Spec, prompt: bool) -> None:
+    def _observe(
+        self,
+        q: Tensor,
+        lse: Tensor | None,
+        new: np.ndarray | None,
+        spec: Spec,
+        prompt: bool,
+        masses: _Masses | None = None,
+    ) -> None:
         """Keep what the evictor asked for; queries of padding count for nothing."""
         self._spec = spec
         if self.needs.votes and self.open:
             self._remember(q, new)
         if self.needs.mass and (self.open or self.online):
-            self._accumulate(q, lse, new, prompt)
+            if masses is None or (new is not None and (new < q.shape[2]).any()):
+                assert lse is not None
+                masses = self._mass(q, lse, new, prompt)
+            self._add(*masses)
 
-    def _remember(self, q: Tensor, new: np.ndarray) -> None:
+    def _remember(self, q: Tensor, new: np.ndarray | None) -> None:
         """Carry the newest queries across prompt chunks, for the votes at its end."""
         n = q.shape[2]
         held = q if self._queries is None else torch.cat([self._queries, q], 2)
-        if self._queries is not None and (new < n).any():
+        if self._queries is not None and new is not None and (new < n).any():
             held = close_gaps(held, n - new, new)
         self._queries = held[:, :, -self.needs.votes :].clone()
 
-    def _accumulate(self, q: Tensor, lse: Tensor, new: np.ndarray, prompt: bool) -> None:
-        """Add the attention that every held token gets from q to its mass."""
+    def _mass(self, q: Tensor, lse: Tensor, new: np.ndarray | None, prompt: bool) -> _Masses:
+        """The attention that the tail's and the body's tokens get from the real queries of q."""
         assert self.tail is not None
         n = q.shape[2]
-        if (new < n).any():
+        if new is not None and (new < n).any():
             row = torch.arange(n, device=q.device)
             padding = row < torch.from_numpy(n - new).to(q.device)[:, None]
             lse = lse.masked_fill(padding[:, None], float("inf"))
-        mass = self.tail.column_mass(q, lse, self._spec, *self._band(prompt))
-        self.tail.fields["mass"][:, :, : self.tail.end] += mass
-        if self.body is not None:
-            mass = self.body.fields["mass"] + self.body.column_mass(q, lse, self._spec)
-            self.body = self.body.with_fields(mass=mass)
+        tail = self.tail.column_mass(q, lse, self._spec, *self._band(prompt))
+        return tail, None if self.body is None else self.body.column_mass(q, lse, self._spec)
+
+    def _add(self, tail: Tensor, body: Tensor | None) -> None:
+        assert self.tail is not None
+        self.tail.fields["mass"][:, :, self.tail.begin : self.tail.end] += tail
+        if self.body is not None and body is not None:
+            self.body = self.body.with_fields(mass=self.body.fields["mass"] + body)
 
     # ------------------------------------------------------------------------------------------- moving tokens on
     def finish_prefill(self) -> None:
@@ -226,9 +265,10 @@ class HeadGroup:
         assert self.tail is not None and self._queries is not None
         spec = self._spec
         group = self._queries.shape[1] // self.tail.k.shape[1]
-        _, lse = merge([self.tail.attend(self._queries, spec)], spec.sinks)
+        lse = merge([self.tail.attend(self._queries, spec)], spec.sinks).lse
+        assert lse is not None
         mass = self.tail.column_mass(self._queries, lse, spec) / group
-        return candidates.take_tail(mass).masked_fill(~candidates.valid, 0)
+        return candidates.take_tail(torch.nn.functional.pad(mass, (self.tail.begin, 0))).masked_fill(~candidates.valid, 0)
 
     def _fetch(self, candidates: Candidates) -> Callable[[str], Tensor]:
         def fetch(what: str) -> Tensor:
@@ -248,7 +288,8 @@ class HeadGroup:
         if self.open:  # attended as one prompt chunk; the newest queries vote, and blocks are sealed, after `crop`
             self.tail.append(k, v, new)
             self.tokens = self.tokens + new
-            out, lse = self._attend(q, spec, prompt=True)
+            out, lse, _ = self._attend(q, spec, prompt=True, lse=True)[0]
+            assert lse is not None
             if final:
                 early = lse.clone()
                 early[:, :, final:] = float("inf")
@@ -256,23 +297,24 @@ class HeadGroup:
                 if self.needs.votes:
                     self._remember(q[:, :, :final], np.maximum(new - DRAFT, 0))
                 if self.needs.mass:
-                    self._accumulate(q, early, new, prompt=True)
+                    self._add(*self._mass(q, early, new, prompt=True))
             self._draft = _Draft(q[:, :, final:], k, v, new, lse[:, :, final:], spec, None)
             return out
         outs = []
         if final:
             head = np.maximum(new - DRAFT, 0)
-            outs.append(self._advance(q[:, :, :final], k[:, :, :final], v[:, :, :final], head, spec, prompt=True)[0])
+            first = [x[:, :, :final] for x in (q, k, v)]
+            outs.append(self._advance(first[0], first[1], first[2], head, spec, prompt=True).out)
             q, k, v, new = q[:, :, final:], k[:, :, final:], v[:, :, final:], new - head
         before = (self.tail.snapshot(), self.sink, self.body, self.tokens, self._until_seal)
-        pairs = list(self._one_by_one(q, k, v, new, spec, None))
-        lse = torch.cat([lse for _, lse in pairs], 2)
+        runs = list(self._one_by_one(q, k, v, new, spec, None))
+        lse = torch.cat([run.lse for run in runs if run.lse is not None], 2)
         self._draft = _Draft(q, k, v, new, lse, spec, before)
-        return torch.cat([*outs, *(out for out, _ in pairs)], 2)
+        return torch.cat([*outs, *(run.out for run in runs)], 2)
 
     def _one_by_one(
         self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec, lse: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Partial]:
         """Decode several tokens as if they came alone: in runs that end where a block is due."""
         i, n = 0, q.shape[2]
         while i < n:
@@ -280,7 +322,7 @@ class HeadGroup:
             part = slice(i, j)
             count = np.clip(new - (n - j), 0, j - i)
             known = None if lse is None else lse[:, :, part]
-            yield self._advance(q[:, :, part], k[:, :, part], v[:, :, part], count, spec, False, known)
+            yield self._advance(q[:, :, part], k[:, :, part], v[:, :, part], count, spec, False, known, keep_lse=True)
             i = j
 
     def _accept(self) -> None:
@@ -333,14 +375,14 @@ class HeadGroup:
                 pass
 
     # ---------------------------------------------------------------------------------------------------- the rest
-    def take_in(self, k: Tensor, v: Tensor, new: np.ndarray) -> None:
+    def take_in(self, k: Tensor, v: Tensor) -> None:
         """Hold a chunk that somebody else attends; only for groups that keep everything."""
         assert self.evictor is None
         if self.tail is None:
             self.tail = Tail(k, v)
             self.tokens = np.zeros(len(k), dtype=np.int64)
-        self.tail.append(k, v, new)
-        self.tokens = self.tokens + new
+        self.tail.append(k, v, None)
+        self.tokens = self.tokens + k.shape[2]
 
     def copy(self, token_ids: TokenIds | None) -> HeadGroup:
         """An independent group in the same state; what is provisional becomes final in both."""

@@ -50,6 +50,12 @@ class _Attachment:
     gates: np.ndarray | None = None  # the induction probe's, once per model
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eagerly(function: Callable[..., Any], *args: Any) -> Any:
+    """Run outside a compiled graph: a cache's host state is no business of the compiler's."""
+    return function(*args)
+
+
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, _Attachment] = weakref.WeakKeyDictionary()
 
 
@@ -75,13 +81,17 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: storage follows the first keys."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Park new keys and values for the attention function; returns them, the keys carrying a handle.
 
         Under another attention implementation an uncompressed layer returns all it holds; a compressed one raises
         RuntimeError naming the remedy.
         """
+        if torch.compiler.is_compiling():
+            return _eagerly(self._park, key_states, value_states)  # type: ignore[no-any-return]
+        return self._park(key_states, value_states)
+
+    def _park(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self.store.check(key_states, value_states)
         owner = self._owner()
         if owner is None or owner.implementation() != NAME:
@@ -93,10 +103,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def _stock_update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         groups = self.store.groups
         if len(groups) == 1 and groups[0].evictor is None and (self.store.shape is None or self.store.dense()):
-            new = NewTokens(np.full(k.shape[0], k.shape[2], dtype=np.int64))
             with torch.no_grad():
                 self.store.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
-                groups[0].take_in(k, v, new.count)
+                groups[0].take_in(k, v)
             self.seen += k.shape[2]
             self.is_initialized = True
             dense = self.store.dense()
@@ -108,7 +117,6 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             f'model.set_attn_implementation("{NAME}")'
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, module: Any, q: Tensor, mask: Tensor | None, spec: Spec) -> Tensor:
         """Commit what `update` parked and attend it: q [B, Hq, n, d]; returns [B, n, Hq, dv]."""
         if self._parked is None:
@@ -412,7 +420,6 @@ def _read_mask(mask: Tensor, n: int) -> NewTokens:
     return NewTokens.from_mask(mask[:, mask.shape[1] - n :])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def kvlib_mask(
     batch_size: int,
     q_length: int,
@@ -442,6 +449,12 @@ def kvlib_mask(
         return stock
     if attention_mask is None:
         return None
+    if torch.compiler.is_compiling():
+        return _eagerly(_padding_mask, attention_mask, q_length, kv_length, kv_offset)  # type: ignore[no-any-return]
+    return _padding_mask(attention_mask, q_length, kv_length, kv_offset)
+
+
+def _padding_mask(attention_mask: Tensor, q_length: int, kv_length: int, kv_offset: int) -> Tensor | None:
     if attention_mask.shape[-1] < kv_length:
         raise ValueError(
             f"attention_mask has {attention_mask.shape[-1]} columns for {kv_length} tokens (those in the cache and the "
@@ -470,7 +483,10 @@ def kvlib_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(key, _HANDLE, None)
     if layer is not None:
-        return layer.attend(module, query, attention_mask, Spec(scale, softcap, s_aux)), None
+        spec = Spec(scale, softcap, s_aux)
+        if torch.compiler.is_compiling():
+            return _eagerly(layer.attend, module, query, attention_mask, spec), None
+        return layer.attend(module, query, attention_mask, spec), None
     if softcap is None and s_aux is None:
         mask = attention_mask
         if mask is not None and mask.dim() == 2:
@@ -483,7 +499,7 @@ def kvlib_attention(
             mask = sdpa_mask(len(query), n, keys, keys - n, device=query.device, allow_is_causal_skip=False)
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
         return out, None
-    out, _ = merge([attention(query, key, value, scale, _stock_visibility(attention_mask), softcap)], s_aux)
+    out = merge([attention(query, key, value, scale, _stock_visibility(attention_mask), softcap)], s_aux).out
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 

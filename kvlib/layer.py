@@ -65,16 +65,15 @@ class Layer:
         Raises ValueError, with the cache as it was, for a chunk that does not fit what is held.
         """
         self.check(k, v)
-        if new is None:
-            new = NewTokens(np.full(k.shape[0], k.shape[2], dtype=np.int64))
-        if new.order is not None:
+        count = None if new is None else new.count
+        if new is not None and new.order is not None:
             q, k, v = (_permute(x, new.order) for x in (q, k, v))
         self.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
         if len(self.groups) == 1:
-            out = self.groups[0].forward(q, k, v, new.count, spec, recording)
+            out = self.groups[0].forward(q, k, v, count, spec, recording)
         else:
-            out = self._forward_groups(q, k, v, new, spec, recording)
-        if new.inverse is not None:
+            out = self._forward_groups(q, k, v, count, spec, recording)
+        if new is not None and new.inverse is not None:
             out = _permute(out, new.inverse)
         return out.to(q.dtype)
 
@@ -96,7 +95,9 @@ class Layer:
                 "call cache.reset() after moving or casting the model"
             )
 
-    def _forward_groups(self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens, spec: Spec, recording: bool) -> Tensor:
+    def _forward_groups(
+        self, q: Tensor, k: Tensor, v: Tensor, count: np.ndarray | None, spec: Spec, recording: bool
+    ) -> Tensor:
         if self._index is None or self._index[0][0].device != q.device:
             self._place_heads(q.shape[1] // k.shape[1], q.device)
         assert self._index is not None and self._inverse is not None
@@ -104,7 +105,7 @@ class Layer:
         for group, (kv_heads, q_heads) in zip(self.groups, self._index, strict=True):
             own = spec if spec.sinks is None else replace(spec, sinks=spec.sinks[q_heads])
             chunk = q[:, q_heads], k[:, kv_heads], v[:, kv_heads]
-            outs.append(group.forward(*chunk, new.count, own, recording))
+            outs.append(group.forward(*chunk, count, own, recording))
         return torch.cat(outs, 1).index_select(1, self._inverse)
 
     def _place_heads(self, per_kv: int, device: torch.device) -> None:

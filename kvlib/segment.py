@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.kernels.attention import EVERYTHING, Visible, attention
+from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
 from kvlib.kernels.column_mass import column_mass
 from kvlib.kernels.merge import merge_segments
 
 TILE = 32  # tokens per tile where heads hold different counts
+
+
+_CAUSAL = Visible(causal=True)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Tail:
         self.fields = {name: empty((batch, heads, room), k, torch.float32) for name in fields}
         self.end = 0
         self.starts = np.zeros(batch, dtype=np.int64)
+        self.begin = 0  # the first live slot of any row
         self.shared = False  # whether a snapshot reads the same buffers, so that live slots must not be overwritten
         self.repacked = False  # whether a row's slots no longer match the columns of the model's padding mask
         self._index: Tensor | None = None
@@ -73,21 +77,20 @@ class Tail:
         """Tokens of each row."""
         return self.end - self.starts
 
-    def append(self, k: Tensor, v: Tensor, new: np.ndarray) -> None:
-        """Add a chunk [B, H, n, d] of which the last new[r] tokens of row r are real."""
+    def append(self, k: Tensor, v: Tensor, new: np.ndarray | None) -> None:
+        """Add a chunk [B, H, n, d] of which the last new[r] tokens of row r are real; None: all."""
         n = k.shape[2]
-        held = self.lengths
+        held = self.lengths if new is not None else None
         self._reserve(n)
         self.k[:, :, self.end : self.end + n].copy_(k)
         self.v[:, :, self.end : self.end + n].copy_(v)
         for field in self.fields.values():
             field[:, :, self.end : self.end + n] = 0
         self.end += n
-        starts = self.end - held - new
-        if (starts != self.starts).any():
+        if new is not None and held is not None and (new < n).any():
             if held.any():
                 self._close_gaps(n - new, new)
-            self._move(starts)
+            self._move(self.end - held - new)
 
     def _close_gaps(self, gap: np.ndarray, new: np.ndarray) -> None:
         """Shift each row's older tokens right over the `gap` padding slots that precede its new tokens."""
@@ -103,17 +106,17 @@ class Tail:
     def drop(self, oldest: np.ndarray) -> None:
         """Forget the `oldest[r]` first tokens of each row and give back what is then more than slack."""
         self._move(self.starts + oldest)
-        used = self.end - int(self.starts.min())
+        used = self.end - self.begin
         if self.k.shape[2] - used > slack(used):
             self._rebuild(used + slack(used))
 
     def _move(self, starts: np.ndarray) -> None:
-        self.starts = starts
+        self.starts, self.begin = starts, int(starts.min())
         even = (starts == starts[0]).all()
         self._index = None if even else torch.from_numpy(starts).to(self.k.device)
 
     def _reserve(self, n: int) -> None:
-        room, begin = self.k.shape[2], int(self.starts.min())
+        room, begin = self.k.shape[2], self.begin
         if self.end + n <= room:
             return
         used = self.end - begin
@@ -127,7 +130,7 @@ class Tail:
 
     def _rebuild(self, room: int) -> None:
         """Move to fresh buffers of `room` slots, without the free slots in front."""
-        begin = int(self.starts.min())
+        begin = self.begin
         used = self.end - begin
         moved = []
         for buffer in (self.k, self.v, *self.fields.values()):
@@ -146,21 +149,30 @@ class Tail:
 
     def _visible(self, window: int | None, sink: int | Tensor) -> tuple[int, Visible]:
         """First slot worth reading, and the visibility of the slots from there on."""
-        begin = int(self.starts.min())
-        start = None if self._index is None else self._index - begin
-        return begin, Visible(True, start=start, window=window, sink=sink)
+        if self._index is None and window is None:
+            return self.begin, _CAUSAL
+        start = None if self._index is None else self._index - self.begin
+        return self.begin, Visible(True, start=start, window=window, sink=sink)
 
-    def attend(self, q: Tensor, spec: Spec, window: int | None = None, sink: int | Tensor = 0) -> tuple[Tensor, Tensor]:
-        """Causal attention of q [B, Hq, n, d], the queries of the newest n slots; see `Visible` for window and sink."""
+    def attend(
+        self,
+        q: Tensor,
+        spec: Spec,
+        window: int | None = None,
+        sink: int | Tensor = 0,
+        lse: bool = True,
+        probabilities: bool = False,
+    ) -> Partial:
+        """Causal attention of q [B, Hq, n, d], the queries of the newest n slots; see `Visible` for window and sink.
+        Probabilities start at the first live slot of any row."""
         begin, visible = self._visible(window, sink)
-        live = slice(begin, self.end)
-        return attention(q, self.k[:, :, live], self.v[:, :, live], spec.scale, visible, spec.softcap)
+        k, v = self.k[:, :, begin : self.end], self.v[:, :, begin : self.end]
+        return attention(q, k, v, spec.scale, visible, spec.softcap, lse, probabilities)
 
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec, window: int | None = None, sink: int | Tensor = 0) -> Tensor:
-        """Probability collected by each slot, [B, H, end]; slots before the first live one hold 0."""
+        """Probability collected by each slot from the first live one of any row, [B, H, end - begin]."""
         begin, visible = self._visible(window, sink)
-        mass = column_mass(q, self.k[:, :, begin : self.end], lse, spec.scale, visible, spec.softcap)
-        return torch.nn.functional.pad(mass, (begin, 0))
+        return column_mass(q, self.k[:, :, begin : self.end], lse, spec.scale, visible, spec.softcap)
 
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows; `rows` [B'] may repeat some and leave others out."""
@@ -222,12 +234,20 @@ class Tiles:
     def _visible(self) -> Visible:
         return EVERYTHING if self.fill is None else Visible(length=self.fill)
 
-    def attend(self, q: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        """Attention of q [B, Hq, n, d] over all kept tokens; every query row sees all of them."""
-        out, lse = attention(self._tiled(q), self.k[:, None], self.v[:, None], spec.scale, self._visible(), spec.softcap)
+    def attend(self, q: Tensor, spec: Spec, probabilities: bool = False) -> Partial:
+        """Attention of q [B, Hq, n, d] over all kept tokens; every query row sees all of them.  Probabilities are
+        [G, g, P], normalised over the kept tokens of their head."""
+        k, v = self.k[:, None], self.v[:, None]
+        tiles = attention(self._tiled(q), k, v, spec.scale, self._visible(), spec.softcap, probabilities=probabilities)
+        out, lse, p = tiles
+        assert lse is not None
         if self.segment is not None:
-            out, lse = merge_segments(out, lse, self.segment, self.counts.size)
-        return out.view(*q.shape[:3], out.shape[-1]), lse.view(q.shape[:3])
+            out, total, _ = merge_segments(out, lse, self.segment, self.counts.size)
+            assert total is not None
+            if p is not None:
+                p = p * (lse - total[self.segment]).exp()
+            lse = total
+        return Partial(out.view(*q.shape[:3], out.shape[-1]), lse.view(q.shape[:3]), p)
 
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec) -> Tensor:
         """Probability collected by each slot, [G, P]."""
@@ -266,6 +286,10 @@ class Tiles:
         k, v, positions = (x.index_select(0, tiles) for x in (self.k, self.v, self.positions))
         return Tiles(k, v, counts, positions, fields, owner, fill)
 
+    def mass_of(self, p: Tensor, share: Tensor) -> Tensor:
+        """Mass [G, P] of one query row: its probabilities p from `attend`, of which this segment has `share` [B, Hq, 1]."""
+        return (p * self._tiled(share)).sum(1)
+
     def with_fields(self, **fields: Tensor) -> Tiles:
         """The same tokens with other statistics."""
         return replace(self, fields=fields)
@@ -303,7 +327,7 @@ class Layout:
     @classmethod
     def of(cls, counts: np.ndarray) -> Layout:
         """One tile per (row, head) where the counts are alike, else tiles of TILE tokens."""
-        most, least = int(counts.max(initial=0)), int(counts.min(initial=0))
+        most, least = int(counts.max()), int(counts.min())
         if most - least <= TILE:
             fill = None if most == least else counts.ravel()
             return cls(counts, counts.size, most, None, fill)
