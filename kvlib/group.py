@@ -64,12 +64,17 @@ class HeadGroup:
         self._spec = Spec(1.0)  # how the model attends, from the last chunk
 
     # ------------------------------------------------------------------------------------------------ one chunk
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray | None, spec: Spec, recording: bool) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray | None, spec: Spec, recording: bool, drafts: int = 0
+    ) -> Tensor:
         """Take in a chunk k [B, H, n, d], v [B, H, n, dv] whose last new[r] tokens of row r are real (None: all), and
-        attend its queries q [B, Hq, n, d] to all that is held.  While `recording`, the chunk stays provisional until `crop`.
+        attend its queries q [B, Hq, n, d] to all that is held.  While `recording` the chunk stays provisional until `crop`.
+        The newest `drafts` tokens of a prompt's last chunk are known to be drafts that follow it.
         Returns fp32 [B, Hq, n, dv]."""
         self._accept()
         n = q.shape[2]
+        if drafts and self.open and self.evictor is not None:
+            return self._prompt_then_drafts(q, k, v, new, spec, drafts)
         if self.tail is None:
             self.tail = Tail(k, v, ("mass",) if self.needs.mass else ())
             self.tokens = np.zeros(len(k), dtype=np.int64)
@@ -81,6 +86,18 @@ class HeadGroup:
         if new is None:
             new = np.full(len(k), n, dtype=np.int64)
         return self._provisional(q, k, v, new, spec)
+
+    def _prompt_then_drafts(
+        self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray | None, spec: Spec, drafts: int
+    ) -> Tensor:
+        """Split a chunk that ends the prompt and goes on with drafts, so that the drafts find what a step would find."""
+        prompt = q.shape[2] - drafts
+        count = None if new is None else np.maximum(new - drafts, 0)
+        parts = [(x[:, :, :prompt], x[:, :, prompt:]) for x in (q, k, v)]
+        out = self.forward(parts[0][0], parts[1][0], parts[2][0], count, spec, recording=False)
+        self.finish_prefill()
+        follow = None if new is None else np.minimum(new, drafts)
+        return torch.cat([out, self.forward(parts[0][1], parts[1][1], parts[2][1], follow, spec, recording=True)], 2)
 
     @property
     def _reversible(self) -> bool:

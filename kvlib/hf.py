@@ -125,7 +125,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             raise RuntimeError("kvlib caches do not train: call model.eval() first")
         (k, v), self._parked = self._parked, None
         new = self._new_tokens(mask, q.shape[2])
-        out = self.store.forward(q, k, v, new, spec, self.record_past)
+        owner = self._owner()
+        drafts = 0 if owner is None or not self.record_past else owner.drafts
+        out = self.store.forward(q, k, v, new, spec, self.record_past, drafts)
         self.seen += q.shape[2]
         self.is_initialized = True
         return out.transpose(1, 2).contiguous()
@@ -208,6 +210,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             raise ValueError("the model is in training mode: call model.eval() first")
         self._model = weakref.ref(model)
         self.tokenizer = tokenizer
+        self.drafts = 0  # tokens of the coming chunk that are drafts after the prompt
         evict = self.recipe.evict
         needs = evict.requirements() if evict is not None else None
         if needs is not None and needs.tokenizer and tokenizer is None:
@@ -284,10 +287,31 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         for layer in self.managed:
             layer.store.finish_prefill()
 
+    def activate_past_recording(self) -> None:
+        """From now on the newest tokens are provisional until `crop`; called by assisted decoding.
+
+        Its first forward holds the prompt and the first drafts together, and asks for the logits of the drafts only: a
+        hook that removes itself reads there how many they are.
+        """
+        super().activate_past_recording()
+        model = self._model()
+        if model is not None and self.recipe.lossy and self.get_seq_length() == 0:
+            mine = weakref.ref(self)
+
+            def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hook.remove()
+                cache: Cache | None = mine()
+                keep = kwargs.get("logits_to_keep")
+                if cache is not None and kwargs.get("past_key_values") is cache and isinstance(keep, int):
+                    cache.drafts = max(0, keep - 1)
+
+            hook = model.register_forward_pre_hook(count, with_kwargs=True)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest -tokens_to_remove tokens of every row (a negative number; 0 accepts provisional ones)."""
         for layer in self.managed:
             layer.store.check_crop(-int(tokens_to_remove))
+        self.drafts = 0
         super().crop(tokens_to_remove)
         if self.token_ids is not None:
             self.token_ids.crop(-int(tokens_to_remove))
@@ -301,6 +325,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything; the cache can be used for another prompt."""
         super().reset()
+        self.drafts = 0
         if self.token_ids is not None:
             self.token_ids.clear()
 
@@ -523,11 +548,11 @@ class _ProbeLayer(Layer):
         self.gates: Tensor | None = None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False
+        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False, drafts: int = 0
     ) -> Tensor:
         """Score, then attend as ever."""
         self.gates = induction(q, k, spec.scale, self.period, spec.softcap)
-        return super().forward(q, k, v, new, spec, recording)
+        return super().forward(q, k, v, new, spec, recording, drafts)
 
 
 @torch.no_grad()

@@ -57,10 +57,11 @@ class Layer:
 
     @torch.no_grad()
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False
+        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False, drafts: int = 0
     ) -> Tensor:
         """Take in a chunk and attend it: q [B, Hq, n, d], k [B, H, n, d], v [B, H, n, dv] post-rotary; returns
-        [B, Hq, n, dv] in q's dtype.  `new` is None where every column is a token.
+        [B, Hq, n, dv] in q's dtype.  `new` is None where every column is a token;
+        see `HeadGroup.forward` for recording and drafts.
 
         Raises ValueError, with the cache as it was, for a chunk that does not fit what is held.
         """
@@ -70,9 +71,9 @@ class Layer:
             q, k, v = (_permute(x, new.order) for x in (q, k, v))
         self.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
         if len(self.groups) == 1:
-            out = self.groups[0].forward(q, k, v, count, spec, recording)
+            out = self.groups[0].forward(q, k, v, count, spec, recording, drafts)
         else:
-            out = self._forward_groups(q, k, v, count, spec, recording)
+            out = self._forward_groups(q, k, v, count, spec, recording, drafts)
         if new is not None and new.inverse is not None:
             out = _permute(out, new.inverse)
         return out.to(q.dtype)
@@ -96,7 +97,7 @@ class Layer:
             )
 
     def _forward_groups(
-        self, q: Tensor, k: Tensor, v: Tensor, count: np.ndarray | None, spec: Spec, recording: bool
+        self, q: Tensor, k: Tensor, v: Tensor, count: np.ndarray | None, spec: Spec, recording: bool, drafts: int
     ) -> Tensor:
         if self._index is None or self._index[0][0].device != q.device:
             self._place_heads(q.shape[1] // k.shape[1], q.device)
@@ -105,7 +106,7 @@ class Layer:
         for group, (kv_heads, q_heads) in zip(self.groups, self._index, strict=True):
             own = spec if spec.sinks is None else replace(spec, sinks=spec.sinks[q_heads])
             chunk = q[:, q_heads], k[:, kv_heads], v[:, kv_heads]
-            outs.append(group.forward(*chunk, count, own, recording))
+            outs.append(group.forward(*chunk, count, own, recording, drafts))
         return torch.cat(outs, 1).index_select(1, self._inverse)
 
     def _place_heads(self, per_kv: int, device: torch.device) -> None:

@@ -191,11 +191,11 @@ class Tail:
 
     def copy(self) -> Tail:
         """An independent tail with the same tokens."""
-        twin = self.snapshot()
+        shared, twin = self.shared, self.snapshot()
         with torch.inference_mode(False):
             twin.k, twin.v = self.k.clone(), self.v.clone()
             twin.fields = {name: field.clone() for name, field in self.fields.items()}
-        self.shared = twin.shared = False
+        self.shared, twin.shared = shared, False
         return twin
 
     def tensors(self) -> Iterator[Tensor]:

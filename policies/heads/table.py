@@ -32,7 +32,7 @@ class HeadTable:
     @classmethod
     def load(cls, path: str | Path) -> HeadTable:
         """Read a table; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
-        first, *rows = Path(path).read_text().splitlines()
+        first, *rows = Path(path).read_text().splitlines() or [""]
         try:
             header = json.loads(first.removeprefix("# "))
             gates = np.array([[float(x) for x in row.split("\t")] for row in rows if row.strip()])

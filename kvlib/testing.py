@@ -1,0 +1,322 @@
+"""The conformance suite every method passes: `check_policy(recipe)` holds a recipe to the contracts of the design.
+
+A small random Llama is enough, because the contracts are about arithmetic and bookkeeping, not about quality.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlib.recipe import Recipe
+
+PROMPT, STEPS, PAD = 96, 24, 17
+CLOSE = 1e-5  # relative, fp32
+
+
+def tiny_model(family: str = "Llama", seed: int = 0, **config: Any) -> Any:
+    """A random-weight decoder of a transformers family, in eval mode and float32, a few MB large.
+
+    Extra keywords go to its configuration.  Sliding windows are off unless asked for.
+    """
+    import transformers
+
+    base: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **_FAMILIES.get(family, {}),
+        **config,
+    }
+    torch.manual_seed(seed)
+    name = family.replace("Gemma3", "Gemma3Text")
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{name}Config")(**base)).eval()
+    model.generation_config.eos_token_id = None  # generate exactly what is asked for
+    return model
+
+
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 24}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": None},
+    "Mixtral": {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Phi3": {"sliding_window": None},
+    "Gemma2": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "Gemma3": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "GptOss": {**_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def prompts(rows: int = 2, length: int = PROMPT, pad: int = PAD, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Random ids [rows, length] and their padding mask; the last row starts with `pad` padding tokens."""
+    ids = torch.randint(3, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    if pad:
+        ids[-1, :pad], mask[-1, :pad] = 0, 0
+    return ids, mask
+
+
+def check_policy(recipe: str | Recipe, model: Any = None) -> list[str]:
+    """Hold a recipe to the contracts; returns the names of the checks that ran.
+
+    recipe: give it a budget well below 96 tokens, or nothing is ever evicted and little is tested.
+    model: a transformers decoder to test on; a small random Llama by default.
+
+    Raises AssertionError naming the contract that is broken, and ValueError where the recipe evicts nothing here although
+    it says that it can.
+    """
+    import kvlib
+
+    recipe = Recipe.parse(recipe)
+    bench = _Bench(tiny_model() if model is None else model, recipe)
+    try:
+        for check in CHECKS:
+            check(bench)
+    finally:
+        kvlib.detach(bench.model)
+    return [check.__name__ for check in CHECKS]
+
+
+class _Bench:
+    """A model and a recipe under test."""
+
+    def __init__(self, model: Any, recipe: Recipe):
+        self.model, self.recipe = model, recipe
+        self.ids, self.mask = prompts()
+
+    def cache(self, recipe: str | Recipe | None = None) -> Any:
+        import kvlib
+
+        return kvlib.Cache(self.model, self.recipe if recipe is None else recipe)
+
+    def generate(self, cache: Any, ids: Tensor | None = None, mask: Tensor | None = None, **more: Any) -> Tensor:
+        """Greedy tokens, prompt included."""
+        ids = self.ids if ids is None else ids
+        mask = self.mask if mask is None and ids is self.ids else mask
+        settings = {"max_new_tokens": STEPS, "do_sample": False, **more}
+        out: Tensor = self.model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+        return out
+
+    @torch.no_grad()
+    def logits(self, cache: Any, pieces: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """Logits of all pieces [B, tokens, vocabulary], fed one after the other."""
+        seen, outs = 0, []
+        for piece in pieces:
+            seen += piece.shape[1]
+            part = None if mask is None else mask[:, :seen]
+            outs.append(self.model(piece, attention_mask=part, past_key_values=cache).logits)
+        return torch.cat(outs, 1)
+
+
+def _singles(ids: Tensor) -> list[Tensor]:
+    return [ids[:, i : i + 1] for i in range(ids.shape[1])]
+
+
+def _close(a: Tensor, b: Tensor, what: str) -> None:
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    assert error <= CLOSE, f"{what}: relative difference {error:.1e} > {CLOSE:.0e}"
+
+
+def full_budget_is_full_attention(bench: _Bench) -> None:
+    """Contract 1, bits and close."""
+    full, unlimited = bench.cache("full"), bench.cache(bench.recipe.unlimited())
+    pieces = [bench.ids, *_singles(bench.ids[:, :4])]
+    mask = torch.nn.functional.pad(bench.mask, (0, 4), value=1)
+    expected = bench.logits(full, pieces, mask)
+    assert torch.equal(bench.logits(unlimited, pieces, mask), expected), "contract 1: full budget is not `full` to the bit"
+    import kvlib
+
+    kvlib.detach(bench.model)
+    stock = bench.logits(_stock_cache(bench.model), pieces, mask)
+    real = mask.bool()
+    _close(expected[real], stock[real], "contract 1: `full` against the stock cache")
+
+
+def _stock_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def position_is_not_length(bench: _Bench) -> None:
+    """Contract 2."""
+    cache = bench.cache()
+    bench.generate(cache)
+    seen = PROMPT + STEPS - 1
+    assert cache.get_seq_length() == seen, f"contract 2: get_seq_length() is {cache.get_seq_length()}, seen {seen}"
+    for layer in cache.managed:
+        for row, pad in zip(layer.store.positions(), (0, PAD), strict=True):
+            for head in row:
+                assert head.unique().numel() == head.numel(), "contract 2: a position is held twice"
+                assert int(head.max()) == seen - pad - 1, "contract 2: the newest token is not at its position"
+
+
+def rows_are_independent(bench: _Bench) -> None:
+    """Contract 3: a padded row, a row beside another, and the row alone give the same."""
+    together = bench.generate(bench.cache())
+    for row, pad in ((0, 0), (1, PAD)):
+        alone = bench.generate(bench.cache(), bench.ids[row : row + 1, pad:])
+        assert torch.equal(together[row, pad:], alone[0]), f"contract 3: row {row} (padding {pad}) depends on its batch"
+    other, mask = prompts(seed=2)
+    mixed = torch.cat([bench.ids[:1], other[1:]])
+    again = bench.generate(bench.cache(), mixed, torch.cat([bench.mask[:1], mask[1:]]))
+    assert torch.equal(again[0], together[0]), "contract 3: a row changes with its neighbour"
+
+
+def chunks_equal_the_whole(bench: _Bench) -> None:
+    """Contract 1, where declared: a prompt in chunks gives what the whole prompt gives."""
+    if bench.recipe.chunk_invariant:
+        whole, chunked = bench.cache(), bench.cache()
+        a = bench.generate(whole)
+        b = bench.generate(chunked, prefill_chunk_size=29)
+        assert torch.equal(a, b), "contract 1: declared chunk-invariant, but chunks give other tokens"
+        assert torch.equal(whole.kept(), chunked.kept()), "contract 1: chunks keep other counts"
+    else:
+        bench.generate(bench.cache(), prefill_chunk_size=29)
+
+
+def memory_is_freed_and_counted(bench: _Bench) -> None:
+    """Contract 5."""
+    cache = bench.cache()
+    bench.generate(cache)
+    counted = cache.nbytes()["device"]
+    live = _live_bytes(cache)
+    assert counted == live, f"contract 5: nbytes() says {counted}, live tensors hold {live}"
+    by_part, used = cache.nbytes(by="part"), cache.nbytes(by="part", used=True)
+    assert sum(by_part.values()) == counted, "contract 5: the parts do not add up"
+    heads, d = cache.spec.kv_heads, cache.spec.head_dim
+    assert cache.kept().shape[1:] == (2, heads), "contract 5: kept() has another shape"
+    formula = int(cache.kept().sum()) * 2 * d * 4
+    held = used["sink"] + used["body"] + used["tail"]
+    assert held == formula, f"contract 5: used bytes {held}, the formula gives {formula}"
+    rows = cache.kept().numel()
+    spare = by_part["sink"] + by_part["body"] + by_part["tail"] - held
+    padding = len(cache.managed) * heads * PAD  # the tail is a rectangle: a shorter row's slots count as slack
+    limit = (3 * max(64 * rows, int(0.06 * cache.kept().sum())) + padding) * 2 * d * 4
+    assert spare <= limit, f"contract 5: {spare} bytes of slack"
+    if bench.recipe.lossy:
+        seen = 2 * (PROMPT + STEPS - 1) - PAD
+        if int(cache.kept().sum()) >= seen * heads * len(cache.managed):
+            raise ValueError(f"{bench.recipe} evicts nothing from a prompt of {PROMPT} tokens: check it with less budget")
+
+
+def _live_bytes(cache: Any) -> int:
+    """Bytes of the distinct storages reachable from a cache's layers, found by the garbage collector."""
+    gc.collect()
+    found: dict[int, int] = {}
+    stack: list[Any] = [cache.layers, cache.token_ids]
+    visited: set[int] = set()
+    while stack:
+        item = stack.pop()
+        if id(item) in visited or isinstance(item, type) or (callable(item) and not hasattr(item, "__dict__")):
+            continue
+        visited.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, list | tuple | dict):
+            stack += item.values() if isinstance(item, dict) else item
+        elif type(item).__module__.startswith(("kvlib", "transformers.cache_utils")):
+            stack += vars(item).values()
+    return sum(size for address, size in found.items() if address)
+
+
+def loss_is_declared(bench: _Bench) -> None:
+    """Contract 6: a recipe that says it is lossless holds every token."""
+    if not bench.recipe.lossy:
+        cache = bench.cache()
+        bench.generate(cache)
+        seen = torch.tensor([PROMPT, PROMPT - PAD]) + STEPS - 1
+        expected = seen[None, :, None].expand_as(cache.kept())
+        assert torch.equal(cache.kept(), expected), "contract 6: tokens are missing from a lossless cache"
+
+
+def bad_input_changes_nothing(bench: _Bench) -> None:
+    """Contract 7: a batch that does not fit is refused and the cache goes on as if nothing had happened."""
+    cache = bench.cache()
+    first = bench.logits(cache, [bench.ids, bench.ids[:, :1]])
+    before, kept = cache.get_seq_length(), cache.kept()
+    try:
+        bench.logits(cache, [bench.ids[:1, :1]])
+    except ValueError as error:
+        assert "reset" in str(error), "contract 7: the error does not name the remedy"
+    else:
+        raise AssertionError("contract 7: one row was accepted by a cache that holds two")
+    assert cache.get_seq_length() == before, "contract 7: a refused batch changed the length"
+    assert torch.equal(cache.kept(), kept), "contract 7: a refused batch changed what is held"
+    after = bench.logits(cache, [bench.ids[:, 1:2]])
+    clean = bench.logits(bench.cache(), [bench.ids, bench.ids[:, :1], bench.ids[:, 1:2]])
+    assert torch.equal(torch.cat([first, after], 1), clean), "contract 7: a refused batch left a trace"
+
+
+def reset_and_reuse(bench: _Bench) -> None:
+    """A cache that was reset serves another batch as a fresh one does; two caches do not touch each other."""
+    cache = bench.cache()
+    one = bench.generate(cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0, "reset left tokens"
+    alone = bench.generate(cache, bench.ids[:1])
+    assert torch.equal(alone[0], one[0]), "reset left a trace"
+    a, b = bench.cache(), bench.cache("full")
+    for piece in (bench.ids, bench.ids[:, :1], bench.ids[:, 1:2]):
+        mixed = bench.logits(a, [piece])
+        bench.logits(b, [piece])
+    lone = bench.logits(bench.cache(), [bench.ids, bench.ids[:, :1], bench.ids[:, 1:2]])[:, -1:]
+    assert torch.equal(mixed, lone), "two caches on one model touch each other"
+
+
+def drafts_leave_no_trace(bench: _Bench) -> None:
+    """Provisional tokens that are taken back never happened; accepted ones count as if they had come alone."""
+    ids = bench.ids[:1]
+    follow = prompts(1, 40, 0, seed=5)[0]
+    plain, drafted = bench.cache(), bench.cache()
+    expected = bench.logits(plain, [ids, *_singles(follow)])[:, ids.shape[1] :]
+    bench.logits(drafted, [ids])
+    drafted.finish_prefill()
+    drafted.activate_past_recording()
+    outs, at = [], 0
+    for draft, rejected in ((7, 3), (1, 0), (9, 9), (12, 1), (30, 6), (5, 0)):
+        good = min(draft - rejected, follow.shape[1] - at)
+        wrong = torch.full((1, draft - good), 7)
+        out = bench.logits(drafted, [torch.cat([follow[:, at : at + good], wrong], 1)])
+        drafted.crop(-(draft - good))
+        outs.append(out[:, :good])
+        at += good
+    got = torch.cat(outs, 1)
+    _close(got, expected[:, :at], "verified drafts against single tokens")
+    same = bench.logits(plain, [ids[:, :1]]) if at == follow.shape[1] else None
+    if same is not None:
+        assert torch.equal(plain.kept(), bench_kept(drafted, bench, ids)), "drafts changed what is held"
+
+
+def bench_kept(cache: Any, bench: _Bench, ids: Tensor) -> Tensor:
+    """What a cache holds after one more token that came to stay."""
+    bench.logits(cache, [ids[:, :1]])
+    cache.crop(0)
+    kept: Tensor = cache.kept()
+    return kept
+
+
+CHECKS: list[Callable[[_Bench], None]] = [
+    full_budget_is_full_attention,
+    position_is_not_length,
+    rows_are_independent,
+    chunks_equal_the_whole,
+    memory_is_freed_and_counted,
+    loss_is_declared,
+    bad_input_changes_nothing,
+    reset_and_reuse,
+    drafts_leave_no_trace,
+]

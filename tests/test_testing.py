@@ -1,0 +1,141 @@
+"""Every method passes the public suite, and the suite catches methods that do not deserve it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+import kvlib
+from kvlib.policies import BudgetedEvictor
+from kvlib.policies.base import _METHODS, Needs
+from kvlib.testing import CHECKS, check_policy, tiny_model
+
+RECIPES = [
+    "full",
+    "h2o(budget=32)",
+    "h2o(budget=0.25)",
+    "h2o(budget=32, adaptive=True)",
+    "h2o(budget=32) + block=1 + sink=0",
+    "h2o_prefill(budget=32)",
+    "h2o_prefill(budget=0.3, adaptive=True)",
+    "snapkv(budget=32, window=8)",
+    "snapkv(budget=0.3, window=8, adaptive=True)",
+    "streaming_llm(sink=4, recent=24)",
+    "streaming_llm(sink=4, recent=24, exact=True)",
+    "duo_attention(sparsity=0.5, sink=4, recent=16)",
+    "duo_attention(sparsity=0.5, sink=4, recent=16, exact=True) + h2o(budget=32)",
+    "duo_attention(sparsity=0.34, sink=4, recent=16) + snapkv(budget=32, window=8, adaptive=True)",
+    "duo_attention(sparsity=1.0, sink=4, recent=16) + streaming_llm(sink=1, recent=9)",
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_method_passes(recipe):
+    assert check_policy(recipe) == [check.__name__ for check in CHECKS]
+
+
+def test_every_registered_method_is_in_the_list():
+    written = " ".join(RECIPES)
+    assert all(row["name"] in written for row in kvlib.methods() if not row["name"].startswith("broken"))
+
+
+@pytest.fixture
+def broken():
+    """Register a method for one test."""
+
+    def add(cls):
+        kvlib.register(cls)
+        return cls
+
+    before = dict(_METHODS)
+    yield add
+    _METHODS.clear()
+    _METHODS.update(before)
+
+
+@dataclass(frozen=True)
+class Norms(BudgetedEvictor):
+    """Keep the keys of smallest norm."""
+
+    name: ClassVar[str] = "broken_norms"
+
+    def score(self, view):
+        return -view.keys.norm(dim=-1)
+
+
+def test_a_newcomers_method_passes(broken):
+    broken(Norms)
+    check_policy("broken_norms(budget=32)")
+
+
+def test_a_method_that_looks_at_its_neighbours_is_caught(broken):
+    @dataclass(frozen=True)
+    class Gossip(Norms):
+        """Score by the whole batch."""
+
+        name: ClassVar[str] = "broken_gossip"
+
+        def score(self, view):
+            return super().score(view).sum(0, keepdim=True).expand_as(view.positions)
+
+    broken(Gossip)
+    with pytest.raises(AssertionError, match="contract 3"):
+        check_policy("broken_gossip(budget=32)")
+
+
+def test_a_method_that_claims_chunks_do_not_matter_is_caught(broken):
+    @dataclass(frozen=True)
+    class Claims(kvlib.policies.H2O):
+        """H2O that says chunks do not matter."""
+
+        name: ClassVar[str] = "broken_claims"
+        chunk_invariant: ClassVar[bool] = True
+
+    broken(Claims)
+    with pytest.raises(AssertionError, match="chunk"):
+        check_policy("broken_claims(budget=32)")
+
+
+def test_a_method_that_evicts_at_full_budget_is_caught(broken):
+    @dataclass(frozen=True)
+    class Greedy(Norms):
+        """Evicts whatever the budget."""
+
+        name: ClassVar[str] = "broken_greedy"
+
+        def unlimited(self):
+            return dataclasses.replace(self, budget=0.9)
+
+    broken(Greedy)
+    with pytest.raises(AssertionError, match="contract 1"):
+        check_policy("broken_greedy(budget=32)")
+
+
+def test_a_method_that_remembers_is_caught(broken):
+    calls = []
+
+    @dataclass(frozen=True)
+    class Remembers(Norms):
+        """Scores by how often it was asked."""
+
+        name: ClassVar[str] = "broken_remembers"
+        needs: ClassVar[Needs] = Needs()
+
+        def score(self, view):
+            calls.append(1)
+            return torch.rand(view.positions.shape, generator=torch.Generator().manual_seed(len(calls)))
+
+    broken(Remembers)
+    with pytest.raises(AssertionError):
+        check_policy("broken_remembers(budget=32)")
+
+
+def test_a_budget_that_evicts_nothing_is_no_test():
+    with pytest.raises(ValueError, match="evicts nothing"):
+        check_policy("snapkv(budget=500)")
+
+
+def test_another_model_can_be_given():
+    check_policy("h2o(budget=32)", tiny_model("Qwen2", num_attention_heads=6, num_key_value_heads=3))
