@@ -30,6 +30,7 @@ test: .venv/.ready
 	touch $@
 
 oldest: .oldest/.ready
+	PYTHONPATH=.oldest $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)', t.__version__"
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -m "not slow" tests/hf
 
 lint: .venv/.ready

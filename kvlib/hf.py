@@ -300,9 +300,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
             def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 hook.remove()
-                cache: Cache | None = mine()
-                keep = kwargs.get("logits_to_keep")
-                if cache is not None and kwargs.get("past_key_values") is cache and isinstance(keep, int):
+                cache, keep = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+                if isinstance(cache, Cache) and cache is mine() and isinstance(keep, int):
                     cache.drafts = max(0, keep - 1)
 
             hook = model.register_forward_pre_hook(count, with_kwargs=True)
