@@ -119,7 +119,7 @@ def identify(
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            progress(step, float(loss))
+            progress(step, float(loss.detach()))
     finally:
         for parameter, wanted in frozen:
             parameter.requires_grad_(wanted)
