@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Elements of one block of scores: small enough to stay in a core's cache, large enough to keep the product efficient.
 _BLOCK_ELEMENTS = 2**22
-_BLOCK_ROWS = 128
+_BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,29 +10,15 @@ import torch
 from torch import Tensor
 
 from kvlib.candidates import Candidates
+from kvlib.drafts import Draft, draft_of_prompt, draft_of_steps, prompt_then_drafts
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
 from kvlib.offload.account import allocated
 from kvlib.policies.base import Evictor, Needs, Sizes, Split, View
 from kvlib.segment import Spec, Tail, Tiles, close_gaps
 
-DRAFT = 128  # most tokens that a rollback may take back
-
 _Masses = tuple[Tensor, Tensor | None]  # attention got by the tail's live slots and by the body's
 TokenIds = Callable[[Tensor], Tensor]  # positions [B, H, M] -> ids [B, H, M]
-
-
-@dataclass
-class _Draft:
-    """Provisional tokens: their tensors, and the state before them (None while the prompt is open)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    new: np.ndarray
-    lse: Tensor
-    spec: Spec
-    before: tuple[Tail, Tiles | None, Tiles | None, np.ndarray, int] | None
 
 
 class HeadGroup:
@@ -58,10 +43,10 @@ class HeadGroup:
         self.tokens = np.zeros(0, dtype=np.int64)  # seen by each row, padding left out
         self.open = True  # whether the prompt may still grow
         self._split: Split | None = None  # frozen when the prompt ends
-        self._until_seal = 0  # tokens until the next block is due
+        self.until_seal = 0  # tokens until the next block is due
         self._queries: Tensor | None = None  # newest prompt queries, for votes
-        self._draft: _Draft | None = None
-        self._spec = Spec(1.0)  # how the model attends, from the last chunk
+        self.draft: Draft | None = None
+        self.spec = Spec(1.0)  # how the model attends, from the last chunk
 
     # ------------------------------------------------------------------------------------------------ one chunk
     def forward(
@@ -71,40 +56,25 @@ class HeadGroup:
         attend its queries q [B, Hq, n, d] to all that is held.  While `recording` the chunk stays provisional until `crop`.
         The newest `drafts` tokens of a prompt's last chunk are known to be drafts that follow it.
         Returns fp32 [B, Hq, n, dv]."""
-        self._accept()
+        self.accept()
         n = q.shape[2]
         if drafts and self.open and self.evictor is not None:
-            return self._prompt_then_drafts(q, k, v, new, spec, drafts)
+            return prompt_then_drafts(self, q, k, v, new, spec, drafts)
         if self.tail is None:
             self.tail = Tail(k, v, ("mass",) if self.needs.mass else ())
             self.tokens = np.zeros(len(k), dtype=np.int64)
         elif n == 1:
             self.finish_prefill()
         prompt = self.open or (n > 1 and not recording)
-        if not recording or self.evictor is None or self._reversible:
-            return self._advance(q, k, v, new, spec, prompt).out
+        if not recording or self.evictor is None or self.reversible:
+            return self.advance(q, k, v, new, spec, prompt).out
         if new is None:
             new = np.full(len(k), n, dtype=np.int64)
-        return self._provisional(q, k, v, new, spec)
+        begin = draft_of_prompt if self.open else draft_of_steps
+        self.draft, out = begin(self, q, k, v, new, spec)
+        return out
 
-    def _prompt_then_drafts(
-        self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray | None, spec: Spec, drafts: int
-    ) -> Tensor:
-        """Split a chunk that ends the prompt and goes on with drafts, so that the drafts find what a step would find."""
-        prompt = q.shape[2] - drafts
-        count = None if new is None else np.maximum(new - drafts, 0)
-        parts = [(x[:, :, :prompt], x[:, :, prompt:]) for x in (q, k, v)]
-        out = self.forward(parts[0][0], parts[1][0], parts[2][0], count, spec, recording=False)
-        self.finish_prefill()
-        follow = None if new is None else np.minimum(new, drafts)
-        return torch.cat([out, self.forward(parts[0][1], parts[1][1], parts[2][1], follow, spec, recording=True)], 2)
-
-    @property
-    def _reversible(self) -> bool:
-        """Whether forgetting the newest tokens leaves no trace: nothing is observed or sealed any more."""
-        return not self.open and not self.online
-
-    def _advance(
+    def advance(
         self,
         q: Tensor,
         k: Tensor,
@@ -121,17 +91,17 @@ class HeadGroup:
         self.tokens = self.tokens + (q.shape[2] if new is None else new)
         masses = None
         if lse is None:
-            part, masses = self._attend(q, spec, prompt, lse=self.needs.mass or keep_lse)
+            part, masses = self.attend(q, spec, prompt, lse=self.needs.mass or keep_lse)
         else:
             part = Partial(q, lse)
         if self.evictor is not None:
-            self._observe(q, part.lse, new, spec, prompt, masses)
-            self._until_seal -= q.shape[2]
-            if self.online and (prompt or self._until_seal <= 0):
-                self._seal()
+            self.observe(q, part.lse, new, spec, prompt, masses)
+            self.until_seal -= q.shape[2]
+            if self.online and (prompt or self.until_seal <= 0):
+                self.seal()
         return part
 
-    def _attend(self, q: Tensor, spec: Spec, prompt: bool, lse: bool) -> tuple[Partial, _Masses | None]:
+    def attend(self, q: Tensor, spec: Spec, prompt: bool, lse: bool) -> tuple[Partial, _Masses | None]:
         """Merged attention over sink, body and tail; for a single query row of a method that accumulates attention also
         what the body and the tail got of it, which spares a second pass over the keys."""
         assert self.tail is not None
@@ -165,7 +135,7 @@ class HeadGroup:
             return window, 0
         return window, torch.from_numpy(np.where(gone > 0, 0, sink)).to(self.sink.k.device)
 
-    def _observe(
+    def observe(
         self,
         q: Tensor,
         lse: Tensor | None,
@@ -175,16 +145,16 @@ class HeadGroup:
         masses: _Masses | None = None,
     ) -> None:
         """Keep what the evictor asked for; queries of padding count for nothing."""
-        self._spec = spec
+        self.spec = spec
         if self.needs.votes and self.open:
-            self._remember(q, new)
+            self.remember(q, new)
         if self.needs.mass and (self.open or self.online):
             if masses is None or (new is not None and (new < q.shape[2]).any()):
                 assert lse is not None
-                masses = self._mass(q, lse, new, prompt)
-            self._add(*masses)
+                masses = self.mass(q, lse, new, prompt)
+            self.add(*masses)
 
-    def _remember(self, q: Tensor, new: np.ndarray | None) -> None:
+    def remember(self, q: Tensor, new: np.ndarray | None) -> None:
         """Carry the newest queries across prompt chunks, for the votes at its end."""
         n = q.shape[2]
         held = q if self._queries is None else torch.cat([self._queries, q], 2)
@@ -192,7 +162,7 @@ class HeadGroup:
             held = close_gaps(held, n - new, new)
         self._queries = held[:, :, -self.needs.votes :].clone()
 
-    def _mass(self, q: Tensor, lse: Tensor, new: np.ndarray | None, prompt: bool) -> _Masses:
+    def mass(self, q: Tensor, lse: Tensor, new: np.ndarray | None, prompt: bool) -> _Masses:
         """The attention that the tail's and the body's tokens get from the real queries of q."""
         assert self.tail is not None
         n = q.shape[2]
@@ -200,10 +170,11 @@ class HeadGroup:
             row = torch.arange(n, device=q.device)
             padding = row < torch.from_numpy(n - new).to(q.device)[:, None]
             lse = lse.masked_fill(padding[:, None], float("inf"))
-        tail = self.tail.column_mass(q, lse, self._spec, *self._band(prompt))
-        return tail, None if self.body is None else self.body.column_mass(q, lse, self._spec)
+        tail = self.tail.column_mass(q, lse, self.spec, *self._band(prompt))
+        return tail, None if self.body is None else self.body.column_mass(q, lse, self.spec)
 
-    def _add(self, tail: Tensor, body: Tensor | None) -> None:
+    def add(self, tail: Tensor, body: Tensor | None) -> None:
+        """Add attention got by the tail's live slots [B, H, live] and the body's [G, P] to their mass."""
         assert self.tail is not None
         self.tail.fields["mass"][:, :, self.tail.begin : self.tail.end] += tail
         if self.body is not None and body is not None:
@@ -214,13 +185,13 @@ class HeadGroup:
         """The prompt is complete: freeze fractional budgets and let one-shot methods evict.  Idempotent."""
         if not self.open or self.tail is None or not self.tokens.any():
             return
-        if self._draft is not None:
+        if self.draft is not None:
             self.crop(0)  # comes back here with nothing provisional
             return
         if self.evictor is not None:
             self._split = self.evictor.split(self.tokens, self.sizes)
             if self.online:
-                self._seal()
+                self.seal()
             else:
                 over = self.tokens > self._split.total
                 self._compress(np.where(over, self.tokens - self._split.recent, 0), self._split)
@@ -229,7 +200,7 @@ class HeadGroup:
                 self.body = None if self.body is None else self.body.with_fields()
         self.open = False
 
-    def _seal(self) -> None:
+    def seal(self) -> None:
         """Move what is due out of the tail: whole blocks, counted from each row's first token."""
         assert self.evictor is not None and self.tail is not None
         split = self._split or self.evictor.split(self.tokens, self.sizes)
@@ -239,7 +210,7 @@ class HeadGroup:
         oldest = np.where(self.tokens >= due, np.maximum(target - sealed, 0), 0)
         self._compress(oldest, split)
         sealed += oldest
-        self._until_seal = int((np.maximum(split.total, sealed + split.recent + split.block) - self.tokens).min())
+        self.until_seal = int((np.maximum(split.total, sealed + split.recent + split.block) - self.tokens).min())
 
     def _compress(self, oldest: np.ndarray, split: Split) -> None:
         """Rank the body and the `oldest[r]` first tail tokens of each row together; keep the best as the new body."""
@@ -280,7 +251,7 @@ class HeadGroup:
     def _votes(self, candidates: Candidates) -> Tensor:
         """Probability the candidates got from the newest prompt queries, averaged over each group's query heads."""
         assert self.tail is not None and self._queries is not None
-        spec = self._spec
+        spec = self.spec
         group = self._queries.shape[1] // self.tail.k.shape[1]
         lse = merge([self.tail.attend(self._queries, spec)], spec.sinks).lse
         assert lse is not None
@@ -298,66 +269,25 @@ class HeadGroup:
         return fetch
 
     # ------------------------------------------------------------------------------------------------- rolling back
-    def _provisional(self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec) -> Tensor:
-        """Attend a chunk whose newest tokens may be taken back."""
-        assert self.tail is not None
-        final = max(0, q.shape[2] - DRAFT)
-        if self.open:  # attended as one prompt chunk; the newest queries vote, and blocks are sealed, after `crop`
-            self.tail.append(k, v, new)
-            self.tokens = self.tokens + new
-            out, lse, _ = self._attend(q, spec, prompt=True, lse=True)[0]
-            assert lse is not None
-            if final:
-                early = lse.clone()
-                early[:, :, final:] = float("inf")
-                self._spec = spec
-                if self.needs.votes:
-                    self._remember(q[:, :, :final], np.maximum(new - DRAFT, 0))
-                if self.needs.mass:
-                    self._add(*self._mass(q, early, new, prompt=True))
-            self._draft = _Draft(q[:, :, final:], k, v, new, lse[:, :, final:], spec, None)
-            return out
-        outs = []
-        if final:
-            head = np.maximum(new - DRAFT, 0)
-            first = [x[:, :, :final] for x in (q, k, v)]
-            outs.append(self._advance(first[0], first[1], first[2], head, spec, prompt=True).out)
-            q, k, v, new = q[:, :, final:], k[:, :, final:], v[:, :, final:], new - head
-        before = (self.tail.snapshot(), self.sink, self.body, self.tokens, self._until_seal)
-        runs = list(self._one_by_one(q, k, v, new, spec, None))
-        lse = torch.cat([run.lse for run in runs if run.lse is not None], 2)
-        self._draft = _Draft(q, k, v, new, lse, spec, before)
-        return torch.cat([*outs, *(run.out for run in runs)], 2)
+    @property
+    def reversible(self) -> bool:
+        """Whether forgetting the newest tokens leaves no trace: nothing is observed or sealed any more."""
+        return not self.open and not self.online
 
-    def _one_by_one(
-        self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec, lse: Tensor | None
-    ) -> Iterator[Partial]:
-        """Decode several tokens as if they came alone: in runs that end where a block is due."""
-        i, n = 0, q.shape[2]
-        while i < n:
-            j = min(n, i + max(1, self._until_seal))
-            part = slice(i, j)
-            count = np.clip(new - (n - j), 0, j - i)
-            known = None if lse is None else lse[:, :, part]
-            yield self._advance(q[:, :, part], k[:, :, part], v[:, :, part], count, spec, False, known, keep_lse=True)
-            i = j
-
-    def _accept(self) -> None:
-        """Whatever is still provisional has come to stay."""
-        if self._draft is not None:
+    def accept(self) -> None:
+        """Let whatever is still provisional stay."""
+        if self.draft is not None:
             self.crop(0)
 
     def check_crop(self, n: int) -> None:
         """Raise ValueError where taking back the newest n tokens would leave a trace."""
         if n == 0:
             return
-        if self._draft is not None:
-            if n > self._draft.q.shape[2]:
-                have = self._draft.q.shape[2]
-                raise ValueError(f"cannot take back {n} tokens: only the newest {have} are provisional")
+        if self.draft is not None:
+            self.draft.check(n)
             return
         held = 0 if self.tail is None else int(self.tail.lengths.min())
-        if n > held or not (self.evictor is None or self._reversible):
+        if n > held or not (self.evictor is None or self.reversible):
             name = "full" if self.evictor is None else self.evictor.name
             raise ValueError(
                 f"cannot take back {n} tokens from a {name} cache that holds {held} newest ones: they were not "
@@ -367,29 +297,18 @@ class HeadGroup:
     def crop(self, n: int) -> None:
         """Take back the newest n tokens of every row; other provisional tokens become final and the prompt ends."""
         self.check_crop(n)
-        draft, self._draft = self._draft, None
-        if draft is not None and draft.before is not None:
-            if n:
-                self._replay(draft, n)
+        draft, self.draft = self.draft, None
+        if draft is not None:
+            draft.settle(self, n)
         elif self.tail is not None:
-            self.tail.take_back(n)
-            self.tokens = self.tokens - n
-            if draft is not None and draft.q.shape[2] > n:
-                stay = draft.q.shape[2] - n
-                new = np.clip(draft.new - n, 0, stay)
-                self._observe(draft.q[:, :, :stay], draft.lse[:, :, :stay], new, draft.spec, prompt=True)
+            self.forget(n)
         self.finish_prefill()
 
-    def _replay(self, draft: _Draft, n: int) -> None:
-        """Back to the state before the draft, then once more through its accepted tokens."""
-        assert draft.before is not None
-        self.tail, self.sink, self.body, self.tokens, self._until_seal = draft.before
-        stay = draft.q.shape[2] - n
-        if stay:
-            q, k, v, lse = (x[:, :, :stay] for x in (draft.q, draft.k, draft.v, draft.lse))
-            new = np.clip(draft.new - n, 0, stay)
-            for _ in self._one_by_one(q, k, v, new, draft.spec, lse):
-                pass
+    def forget(self, n: int) -> None:
+        """Drop the newest n tokens of every row, which nothing has observed."""
+        assert self.tail is not None
+        self.tail.take_back(n)
+        self.tokens = self.tokens - n
 
     # ---------------------------------------------------------------------------------------------------- the rest
     def take_in(self, k: Tensor, v: Tensor) -> None:
@@ -403,7 +322,7 @@ class HeadGroup:
 
     def copy(self, token_ids: TokenIds | None) -> HeadGroup:
         """An independent group in the same state; what is provisional becomes final in both."""
-        self._accept()
+        self.accept()
         twin = HeadGroup(self.evictor, self.sizes, token_ids, self._tokenizer)
         twin.__dict__.update({**self.__dict__, "_token_ids": token_ids})
         twin.tail = None if self.tail is None else self.tail.copy()
@@ -413,7 +332,7 @@ class HeadGroup:
         """Select batch rows [B']; some may repeat, some may go."""
         if self.tail is None:
             return
-        self._accept()
+        self.accept()
         self.tail.reorder(rows)
         self.sink = None if self.sink is None else self.sink.reorder(rows)
         self.body = None if self.body is None else self.body.reorder(rows)
@@ -463,14 +382,8 @@ class HeadGroup:
             found["statistics"] += self.tail.bookkeeping()
         if self._queries is not None:
             found["statistics"].append(self._queries)
-        if self._draft is not None:
-            draft = self._draft
-            found["staging"] += [draft.q, draft.k, draft.v, draft.lse]
-            if draft.before is not None:
-                tail, sink, body, *_ = draft.before
-                for kept in (sink, body):
-                    found["staging"] += [] if kept is None else [*kept.tensors(), *kept.bookkeeping()]
-                found["staging"] += [*tail.tensors(), *tail.bookkeeping()]
+        if self.draft is not None:
+            found["staging"] += self.draft.tensors()
         return found
 
     def nbytes(self, used: bool, seen: set[int]) -> dict[str, int]:

@@ -18,22 +18,24 @@ class NewTokens:
     """Which columns of a chunk [B, n] are tokens: `count` [B] of them per row, the rest padding.
 
     order [B, n] puts each row's tokens last, in order, and inverse undoes it; both None where they stand last already.
+    older [B] is how many earlier columns the mask calls tokens, None where it does not say.
     """
 
     count: np.ndarray
     order: Tensor | None = None
     inverse: Tensor | None = None
+    older: np.ndarray | None = None
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> NewTokens:
-        """Read a chunk's padding mask [B, n], nonzero for tokens.  Costs one transfer to the host."""
-        real = mask.to(torch.bool)
-        host = real.cpu().numpy()
-        count = host.sum(1)
-        if (host == (np.arange(host.shape[1]) >= host.shape[1] - count[:, None])).all():
-            return cls(count)
-        order = real.long().argsort(dim=1, stable=True)
-        return cls(count, order, order.argsort(1))
+    def from_mask(cls, mask: Tensor, n: int) -> NewTokens:
+        """Read a padding mask [B, seen + n], nonzero for tokens.  Costs one transfer to the host."""
+        whole = mask.to(torch.bool).cpu().numpy()
+        host = whole[:, whole.shape[1] - n :]
+        count, older = host.sum(1), whole[:, : whole.shape[1] - n].sum(1)
+        if (host == (np.arange(n) >= n - count[:, None])).all():
+            return cls(count, older=older)
+        order = torch.from_numpy(host.argsort(1, kind="stable")).to(mask.device)
+        return cls(count, order, order.argsort(1), older)
 
 
 class Layer:
@@ -66,6 +68,7 @@ class Layer:
         Raises ValueError, with the cache as it was, for a chunk that does not fit what is held.
         """
         self.check(k, v)
+        self._check_older(new)
         count = None if new is None else new.count
         if new is not None and new.order is not None:
             q, k, v = (_permute(x, new.order) for x in (q, k, v))
@@ -94,6 +97,18 @@ class Layer:
             raise ValueError(
                 f"the cache holds {tail.k.dtype} on {tail.k.device}, the new tokens are {k.dtype} on {k.device}: "
                 "call cache.reset() after moving or casting the model"
+            )
+
+    def _check_older(self, new: NewTokens | None) -> None:
+        """Raise ValueError where the mask calls padding what has been taken in as a token."""
+        if new is None or new.older is None or self.shape is None:
+            return
+        hidden = self.groups[0].tokens - new.older
+        if (hidden > 0).any():
+            row = int(hidden.argmax())
+            raise ValueError(
+                f"attention_mask hides {hidden[row]} tokens of row {row} that the cache has taken in as real: mask padding "
+                "when it is first given; for conversations of different length use one cache each"
             )
 
     def _forward_groups(

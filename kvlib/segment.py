@@ -106,6 +106,10 @@ class Tail:
     def drop(self, oldest: np.ndarray) -> None:
         """Forget the `oldest[r]` first tokens of each row and give back what is then more than slack."""
         self._move(self.starts + oldest)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Shrink to what is used and its slack."""
         used = self.end - self.begin
         if self.k.shape[2] - used > slack(used):
             self._rebuild(used + slack(used))
@@ -181,6 +185,7 @@ class Tail:
             self.fields = {name: field.index_select(0, rows) for name, field in self.fields.items()}
         if self._index is not None or len(rows) != len(self.starts):
             self._move(self.starts[rows.cpu().numpy()])
+            self._give_back()
 
     def snapshot(self) -> Tail:
         """The present state, which later appends and drops do not disturb."""

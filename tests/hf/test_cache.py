@@ -149,8 +149,29 @@ def test_a_mask_that_does_not_cover_the_tokens_is_refused():
         model(ids, attention_mask=mask, past_key_values=cache)
         with pytest.raises(ValueError, match="96 columns for 97 tokens"):
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        hiding = torch.nn.functional.pad(mask, (0, 1), value=1)
+        hiding[0, 90:96] = 0
+        with pytest.raises(ValueError, match="hides 6 tokens of row 0"):
+            model(ids[:, :1], attention_mask=hiding, past_key_values=cache)
+        assert cache.get_seq_length() == 96
         with pytest.raises(ValueError, match="2-D padding mask"):
             model(ids[:, :1], attention_mask=torch.zeros(2, 1, 1, 97), past_key_values=cache)
+
+
+def test_a_mask_moved_between_devices_is_read_again():
+    """Hooks of `device_map` hand each layer a copy of the mask, without what was read from the original."""
+    model, (ids, mask) = tiny_model(), prompts()
+    expected = model.generate(ids, attention_mask=mask, past_key_values=kvlib.Cache(model, "h2o(budget=32)"), **GREEDY)
+    hooks = [layer.self_attn.register_forward_pre_hook(_move_mask, with_kwargs=True) for layer in model.model.layers]
+    out = model.generate(ids, attention_mask=mask, past_key_values=kvlib.Cache(model, "h2o(budget=32)"), **GREEDY)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(out, expected)
+
+
+def _move_mask(module, args, kwargs):
+    mask = kwargs["attention_mask"]
+    return args, {**kwargs, "attention_mask": None if mask is None else mask.clone()}
 
 
 def test_training_mode_is_refused():

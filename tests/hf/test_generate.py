@@ -190,11 +190,11 @@ def test_inference_mode_no_grad_and_plain_calls_mix(recipe):
     assert torch.equal(tokens, expected)
 
 
-def test_attention_by_name_serves_stock_caches_and_no_cache():
+def test_attention_by_name_serves_stock_caches_and_no_cache(tmp_path):
     model, (ids, mask) = tiny_model(), prompts()
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    named = type(model)._from_config(model.config, attn_implementation="kvlib").eval()
-    named.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path)
+    named = type(model).from_pretrained(tmp_path, attn_implementation="kvlib")
     named.generation_config.eos_token_id = None
     assert named.config._attn_implementation == "kvlib"
     assert torch.equal(named.generate(ids, attention_mask=mask, **GREEDY), expected)

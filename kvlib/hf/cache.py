@@ -1,0 +1,244 @@
+"""The cache that goes into `generate(past_key_values=...)`."""
+
+from __future__ import annotations
+
+import weakref
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kvlib.group import HeadGroup
+from kvlib.hf.attach import attach, attached, text_config
+from kvlib.hf.layer import CacheLayer
+from kvlib.layer import Layer, NewTokens
+from kvlib.model import ModelSpec
+from kvlib.offload.account import allocated
+from kvlib.policies.base import RecipeError, Sizes
+from kvlib.policies.heads.table import HeadTable
+from kvlib.recipe import Recipe
+from kvlib.report import report
+from kvlib.token_ids import TokenIds
+
+
+class Cache(transformers.Cache):  # type: ignore[misc]
+    """A KV cache under a recipe, for `model.generate(..., past_key_values=cache)`.
+
+    model: a transformers decoder in eval mode; it is attached to kvlib's attention until `kvlib.detach(model)`.
+    recipe: a `Recipe` or its string, such as "duo_attention(sparsity=0.5) + h2o(budget=256)".
+    tokenizer: needed by methods that read text.
+
+    Raises RecipeError for a recipe that cannot work and ValueError for a model that cannot be served.
+    """
+
+    def __init__(self, model: PreTrainedModel, recipe: str | Recipe = "full", tokenizer: Any = None):
+        self.recipe = Recipe.parse(recipe)
+        config = text_config(model)
+        self.spec = ModelSpec.from_config(config)
+        if model.training:
+            raise ValueError("the model is in training mode: call model.eval() first")
+        self._model = weakref.ref(model)
+        self.tokenizer = tokenizer
+        self.drafts = 0  # tokens of the coming chunk that are drafts after the prompt
+        evict = self.recipe.evict
+        needs = evict.requirements() if evict is not None else None
+        if needs is not None and needs.tokenizer and tokenizer is None:
+            assert evict is not None
+            raise RecipeError(evict.name, None, None, "it reads text: give kvlib.Cache(model, recipe, tokenizer=...)")
+        self.token_ids = TokenIds() if needs is not None and needs.token_ids else None
+        stock = DynamicCache(config=config).layers
+        managed = [type(layer) is DynamicLayer for layer in stock]
+        if not any(managed) and self.recipe.lossy:
+            raise ValueError(
+                f"no layer of this {self.spec.family!r} model attends to everything (sliding windows keep their stock "
+                "cache), so there is nothing to compress: use a stock cache, or set sliding_window=None"
+            )
+        attach(model, None if self.token_ids is None else _take_ids)
+        self.table = self._head_table(model)
+        self.managed_layers = np.array(managed)
+        streaming = np.zeros((self.spec.layers, self.spec.kv_heads), dtype=bool)
+        if self.table is not None and self.recipe.heads is not None:
+            streaming = self.recipe.heads.split(self.table, self.managed_layers)
+        self.streaming = streaming
+        layers = [
+            CacheLayer(self, i, self._layer(streaming[i])) if mine else layer
+            for i, (layer, mine) in enumerate(zip(stock, managed, strict=True))
+        ]
+        super().__init__(layers=layers)
+
+    def _head_table(self, model: PreTrainedModel) -> HeadTable | None:
+        if self.recipe.heads is None:
+            return None
+        from kvlib.hf.probe import induction_gates  # the probe reads its text through a cache
+
+        return self.recipe.heads.table((self.spec.layers, self.spec.kv_heads), lambda: induction_gates(model))
+
+    def _layer(self, streaming: np.ndarray) -> Layer:
+        ids = None if self.token_ids is None else self.token_ids.at
+        groups, heads = [], []
+        if not streaming.all():
+            groups.append(HeadGroup(self.recipe.evict, self.recipe.sizes, ids, self.tokenizer))
+            heads.append(np.flatnonzero(~streaming))
+        if streaming.any():
+            assert self.recipe.heads is not None
+            groups.append(HeadGroup(self.recipe.heads.streaming(), Sizes()))
+            heads.append(np.flatnonzero(streaming))
+        return Layer(groups, heads if len(groups) > 1 else [None])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """An independent copy on the same model, for prompts that several requests share."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model of this cache is gone")
+        copy = Cache(model, self.recipe, self.tokenizer)
+        memo[id(self)] = copy
+        for mine, theirs in zip(self.layers, copy.layers, strict=True):
+            if isinstance(mine, CacheLayer):
+                for name in ("seen", "record_past", "is_initialized"):
+                    setattr(theirs, name, getattr(mine, name))
+                theirs.store = mine.store.copy(None if copy.token_ids is None else copy.token_ids.at)
+            else:
+                theirs.__dict__.update(deepcopy(mine.__dict__, memo))
+        if self.token_ids is not None and copy.token_ids is not None:
+            copy.token_ids.__dict__.update(deepcopy(self.token_ids.__dict__, memo))
+        return copy
+
+    def implementation(self) -> str:
+        """The attention implementation the model runs now."""
+        model = self._model()
+        return "" if model is None else str(text_config(model)._attn_implementation)
+
+    @property
+    def managed(self) -> list[CacheLayer]:
+        """The layers kvlib keeps; sliding and linear layers keep their stock cache."""
+        return [layer for layer in self.layers if isinstance(layer, CacheLayer)]
+
+    def finish_prefill(self) -> None:
+        """Declare the prompt complete: one-shot methods evict now instead of at the first one-token query."""
+        for layer in self.managed:
+            layer.store.finish_prefill()
+
+    def activate_past_recording(self) -> None:
+        """From now on the newest tokens are provisional until `crop`; called by assisted decoding.
+
+        Its first forward holds the prompt and the first drafts together, and asks for the logits of the drafts only: a
+        hook that removes itself reads there how many they are.
+        """
+        super().activate_past_recording()
+        model = self._model()
+        if model is not None and self.recipe.lossy and self.get_seq_length() == 0:
+            mine = weakref.ref(self)
+
+            def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hook.remove()
+                cache, keep = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+                if isinstance(cache, Cache) and cache is mine() and isinstance(keep, int):
+                    cache.drafts = max(0, keep - 1)
+
+            hook = model.register_forward_pre_hook(count, with_kwargs=True)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest -tokens_to_remove tokens of every row (a negative number; 0 accepts provisional ones)."""
+        for layer in self.managed:
+            layer.store.check_crop(-int(tokens_to_remove))
+        self.drafts = 0
+        super().crop(tokens_to_remove)
+        if self.token_ids is not None:
+            self.token_ids.crop(-int(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select batch rows, for beam search."""
+        super().reorder_cache(beam_idx)
+        if self.token_ids is not None:
+            self.token_ids.reorder(beam_idx)
+
+    def reset(self) -> None:
+        """Forget everything; the cache can be used for another prompt."""
+        super().reset()
+        self.drafts = 0
+        if self.token_ids is not None:
+            self.token_ids.clear()
+
+    def kept(self) -> Tensor:
+        """Tokens held, LongTensor [managed layers, batch, kv_heads]; [layers, 0, kv_heads] before the first token."""
+        counts = [layer.store.kept() for layer in self.managed]
+        if not counts or not counts[0].size:
+            return torch.zeros(len(counts), 0, self.spec.kv_heads, dtype=torch.long)
+        return torch.from_numpy(np.stack(counts))
+
+    def nbytes(self, by: str = "tier", used: bool = False) -> dict[str, int]:
+        """Bytes allocated, everything included: `{"device": ..., "host": ..., "disk": ...}`.
+
+        by="part" splits them into sink, body, tail, statistics (positions, scores, indices, prompt queries), staging
+        (what a rollback needs) and stock (layers that keep their stock cache).  used=True leaves out slack.
+        """
+        if by not in ("tier", "part"):
+            raise ValueError(f"by={by!r}: give 'tier' or 'part'")
+        parts = dict.fromkeys(("sink", "body", "tail", "statistics", "staging", "stock"), 0)
+        seen: set[int] = set()
+        for layer in self.layers:
+            if isinstance(layer, CacheLayer):
+                for part, size in layer.store.nbytes(used, seen).items():
+                    parts[part] += size
+            else:
+                parts["stock"] += allocated((x for x in vars(layer).values() if isinstance(x, Tensor)), seen)
+        if self.token_ids is not None:
+            parts["statistics"] += self.token_ids.nbytes(used)
+        return parts if by == "part" else {"device": sum(parts.values()), "host": 0, "disk": 0}
+
+    def full_nbytes(self) -> int:
+        """Bytes of keys and values if every token seen had been kept, slack left out."""
+        total = 0
+        for layer in self.managed:
+            if layer.store.shape is not None:
+                _, heads, d, dv = layer.store.shape
+                tail = layer.store.groups[0].tail
+                assert tail is not None
+                total += int(layer.store.groups[0].tokens.sum()) * heads * (d + dv) * tail.k.element_size()
+        return total
+
+    def report(self) -> str:
+        """What the cache holds, what it gave up and what ran, as text."""
+        return report(self)
+
+
+def _take_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the base model: hand the ids of new tokens to a cache whose recipe needs them."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, Cache) or cache.token_ids is None:
+        return
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        raise ValueError(f"the recipe {cache.recipe} reads token ids, but the model was given embeddings: give input_ids")
+    mask = kwargs.get("attention_mask")
+    rows, n = ids.shape
+    new = NewTokens(np.full(rows, n, dtype=np.int64)) if mask is None else NewTokens.from_mask(mask, n)
+    taken_in = cache.managed[0].store.groups[0].tokens
+    if len(taken_in):  # a forward that failed after this hook has left ids whose tokens never came
+        cache.token_ids.count = taken_in.copy()
+    cache.token_ids.append(ids, new)
+
+
+def patch(model: PreTrainedModel, recipe: str | Recipe, tokenizer: Any = None) -> None:
+    """Make every `model.generate()` that is given no cache use a fresh one under `recipe`, until `detach(model)`."""
+    recipe = Recipe.parse(recipe)
+    Cache(model, recipe, tokenizer)  # whatever cannot work is said now
+    state = attached[model]
+    if state.generate:
+        del model.generate
+    stock, me = model.generate, weakref.ref(model)
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        owner = me()
+        own_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache_implementation") is not None
+        if owner is not None and not own_cache and kwargs.get("use_cache") is not False:
+            kwargs["past_key_values"] = Cache(owner, recipe, tokenizer)
+        return stock(*args, **kwargs)
+
+    model.generate = generate
+    state.generate = True
