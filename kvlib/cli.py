@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +50,8 @@ def demo(
     length: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 2048,
     samples: Annotated[int, typer.Option(help="Questions per recipe.")] = 6,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the plot.")] = Path("kvlib-demo"),
+    seed: Annotated[int, typer.Option(help="Which pieces of the text, which facts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("kvlib-demo"),
 ) -> None:
     """Let a model read a long text with a fact hidden in it, and answer from the cache each recipe leaves."""
     from kvlib import demo as demonstration
@@ -56,7 +59,7 @@ def demo(
     try:
         recipes = [str(Recipe.parse(text)) for text in recipe or demonstration.RECIPES]
         loaded, tokenizer = _load(model, dtype)
-        asked = demonstration.questions(tokenizer, _text(text), length, samples)
+        asked = demonstration.questions(tokenizer, _text(text), length, samples, seed)
     except (RecipeError, ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     with _progress() as progress:
@@ -81,7 +84,10 @@ def demo(
         )
     console.print(table)
     demonstration.plot(scores, out / "memory-against-accuracy.png")
-    console.print(f"plot: {out / 'memory-against-accuracy.png'}")
+    figures = {"model": model, "dtype": str(loaded.dtype), "length": length, "samples": samples, "seed": seed}
+    document = {**figures, "scores": [asdict(score) for score in scores]}
+    (out / "scores.json").write_text(json.dumps(document, indent=1) + "\n")
+    console.print(f"plot: {out / 'memory-against-accuracy.png'}   figures: {out / 'scores.json'}")
 
 
 @heads.command()

@@ -249,7 +249,7 @@ def shares(budget: np.ndarray, sizes: Sizes, block: int, recent: int | None = No
     elif sizes.block is None:
         blocks = np.clip(budget // 4, 1, block)
     else:
-        blocks = np.full_like(budget, sizes.block)
+        blocks = np.minimum(sizes.block, np.maximum(budget - 1, 1))
     if sizes.recent is not None:
         recents = np.full_like(budget, sizes.recent)
     elif recent is None:

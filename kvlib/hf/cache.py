@@ -58,8 +58,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 f"no layer of this {self.spec.family!r} model attends to everything (sliding windows keep their stock "
                 "cache), so there is nothing to compress: use a stock cache, or set sliding_window=None"
             )
-        attach(model, None if self.token_ids is None else _take_ids)
         self.table = self._head_table(model)
+        attach(model, None if self.token_ids is None else _take_ids)
         self.managed_layers = np.array(managed)
         streaming = np.zeros((self.spec.layers, self.spec.kv_heads), dtype=bool)
         if self.table is not None and self.recipe.heads is not None:
@@ -144,7 +144,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest -tokens_to_remove tokens of every row (a negative number; 0 accepts provisional ones)."""
-        for layer in self.managed:
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give how many tokens to remove, as a negative number (crop(-3) removes three)"
+            )
+        for layer in self.managed:  # all of them or none
             layer.store.check_crop(-int(tokens_to_remove))
         self.drafts = 0
         super().crop(tokens_to_remove)
@@ -156,6 +160,18 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         super().reorder_cache(beam_idx)
         if self.token_ids is not None:
             self.token_ids.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select batch rows."""
+        super().batch_select_indices(indices)
+        if self.token_ids is not None:
+            self.token_ids.reorder(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        if self.token_ids is not None:
+            self.token_ids.reorder(torch.arange(len(self.token_ids.count)).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything; the cache can be used for another prompt."""

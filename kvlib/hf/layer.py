@@ -70,8 +70,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             assert dense is not None
             return dense
         raise RuntimeError(
-            f"layer {self.index} of this cache is compressed and only kvlib's attention can read it: keep the model "
-            f"attached (kvlib.Cache(model, recipe) attaches it, kvlib.detach(model) undoes that), or call "
+            f"layer {self.index} of this cache is not one dense tensor and only kvlib's attention can read it: keep the "
+            f"model attached (kvlib.Cache(model, recipe) attaches it, kvlib.detach(model) undoes that), or call "
             f'model.set_attn_implementation("{NAME}")'
         )
 
@@ -129,10 +129,6 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest -tokens_to_remove tokens; 0 accepts what is provisional."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give how many tokens to remove, as a negative number (crop(-3) removes three)"
-            )
         self.store.crop(-int(tokens_to_remove))
         self.seen += int(tokens_to_remove)
 
