@@ -48,7 +48,7 @@ def demo(
         list[str] | None, typer.Option("--recipe", help="A recipe to try; may be given several times.")
     ] = None,
     length: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Questions per recipe.")] = 6,
+    samples: Annotated[int, typer.Option(help="Questions per recipe.", min=1)] = 6,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="Which pieces of the text, which facts.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("kvlib-demo"),

@@ -14,50 +14,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.kernels.attention import Partial
 from kvlib.segment import Spec, Tail, Tiles
 
 if TYPE_CHECKING:
     from kvlib.group import HeadGroup
+    from kvlib.kernels.attention import Partial
 
-LONGEST = 128  # most tokens that can be taken back
+LONGEST = 128  # most tokens that can be taken back, unless the draft was announced to be longer
 
 
 @dataclass
-class Draft:
-    """The newest provisional tokens of a group: q [B, Hq, n, d], k, v [B, H, n, d], lse [B, Hq, n], and the state before
-    them (tail, sink, body, tokens, until_seal), None while the prompt was open."""
+class Chunk:
+    """Attended tokens: q [B, Hq, n, d], k, v [B, H, n, d], new [B] real ones at the end of each row, lse [B, Hq, n]."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     new: np.ndarray
     lse: Tensor
+
+    def part(self, start: int, stop: int) -> Chunk:
+        """Columns start..stop."""
+        cut = slice(start, stop)
+        new = np.clip(self.new - (self.q.shape[2] - stop), 0, stop - start)
+        return Chunk(self.q[:, :, cut], self.k[:, :, cut], self.v[:, :, cut], new, self.lse[:, :, cut])
+
+
+@dataclass
+class Draft:
+    """The provisional chunks of a group, and the state before them: (tail, sink, body, tokens, until_seal), or None for
+    a chunk that came while the prompt was open."""
+
+    chunks: list[Chunk]
     spec: Spec
     before: tuple[Tail, Tiles | None, Tiles | None, np.ndarray, int] | None
 
+    @property
+    def tokens(self) -> int:
+        """Columns that may be taken back."""
+        return sum(chunk.q.shape[2] for chunk in self.chunks)
+
     def check(self, n: int) -> None:
         """Raise ValueError where n tokens are more than there are."""
-        if n > self.q.shape[2]:
-            raise ValueError(f"cannot take back {n} tokens: only the newest {self.q.shape[2]} are provisional")
+        if n > self.tokens:
+            raise ValueError(f"cannot take back {n} tokens: only the newest {self.tokens} are provisional")
 
     def settle(self, group: HeadGroup, n: int) -> None:
         """Take back the newest n tokens; the others count from now on."""
-        stay = self.q.shape[2] - n
-        new = np.clip(self.new - n, 0, stay)
+        stay = self.tokens - n
         if self.before is None:
+            (chunk,) = self.chunks
             group.forget(n)
             if stay:
-                group.observe(self.q[:, :, :stay], self.lse[:, :, :stay], new, self.spec, prompt=True)
+                part = chunk.part(0, stay)
+                group.observe(part.q, part.lse, part.new, self.spec, prompt=True)
         elif n:
             group.tail, group.sink, group.body, group.tokens, group.until_seal = self.before
-            q, k, v, lse = (x[:, :, :stay] for x in (self.q, self.k, self.v, self.lse))
-            for _ in one_by_one(group, q, k, v, new, self.spec, lse):
-                pass
+            for chunk in self.chunks:
+                columns = min(stay, chunk.q.shape[2])
+                stay -= columns
+                if columns:
+                    replay(group, chunk.part(0, columns), self.spec)
 
     def tensors(self) -> list[Tensor]:
         """Every storage held for the way back."""
-        found = [self.q, self.k, self.v, self.lse]
+        found = [x for chunk in self.chunks for x in (chunk.q, chunk.k, chunk.v, chunk.lse)]
         if self.before is not None:
             tail, sink, body, *_ = self.before
             for kept in (tail, sink, body):
@@ -65,12 +86,10 @@ class Draft:
         return found
 
 
-def draft_of_prompt(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec) -> tuple[Draft, Tensor]:
+def draft_of_prompt(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec) -> Tensor:
     """Attend a prompt chunk of which an unknown number of tokens, at most LONGEST, may be taken back."""
-    assert group.tail is not None
     final = max(0, q.shape[2] - LONGEST)
-    group.tail.append(k, v, new)
-    group.tokens = group.tokens + new
+    group.take_in(k, v, new)
     out, lse, _ = group.attend(q, spec, prompt=True, lse=True)[0]
     assert lse is not None
     if final:
@@ -81,37 +100,47 @@ def draft_of_prompt(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.n
             group.remember(q[:, :, :final], np.maximum(new - LONGEST, 0))
         if group.needs.mass:
             group.add(*group.mass(q, early, new, prompt=True))
-    rest = slice(final, None)
-    q, k, v = (x[:, :, rest].clone() for x in (q, k[:, :, :0], v[:, :, :0]))
-    return Draft(q, k, v, np.minimum(new, LONGEST), lse[:, :, rest].clone(), spec, None), out
+    rest, nothing = slice(final, None), k[:, :, :0].clone()  # keys stay in the tail: there is nothing to replay
+    chunk = Chunk(q[:, :, rest].clone(), nothing, nothing, np.minimum(new, LONGEST), lse[:, :, rest].clone())
+    group.draft = Draft([chunk], spec, None)
+    return out
 
 
-def draft_of_steps(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec) -> tuple[Draft, Tensor]:
-    """Attend tokens after the prompt as if they came one by one; of more than LONGEST the older ones are final."""
-    final, outs = max(0, q.shape[2] - LONGEST), []
+def draft_of_steps(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec, limit: int) -> Tensor:
+    """Attend tokens after the prompt as if they came one by one, adding to what is provisional already; of more than
+    `limit` the older ones are final."""
+    final, outs = max(0, q.shape[2] - limit), []
     if final:
-        head = np.maximum(new - LONGEST, 0)
-        first = [x[:, :, :final] for x in (q, k, v)]
-        outs.append(group.advance(first[0], first[1], first[2], head, spec, prompt=True).out)
+        head = np.maximum(new - limit, 0)
+        outs.append(group.step(q[:, :, :final], k[:, :, :final], v[:, :, :final], head, spec, prompt=True).out)
         q, k, v, new = q[:, :, final:], k[:, :, final:], v[:, :, final:], new - head
-    assert group.tail is not None
-    before = (group.tail.snapshot(), group.sink, group.body, group.tokens, group.until_seal)
-    runs = list(one_by_one(group, q, k, v, new, spec, None))
+    if group.draft is None:
+        assert group.tail is not None
+        before = (group.tail.snapshot(), group.sink, group.body, group.tokens, group.until_seal)
+        group.draft = Draft([], spec, before)
+    runs: list[Partial] = []
+    for i, j in _runs(group, q.shape[2]):
+        count = np.clip(new - (q.shape[2] - j), 0, j - i)
+        runs.append(group.step(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], count, spec, prompt=False, keep_lse=True))
     lse = torch.cat([run.lse for run in runs if run.lse is not None], 2)
-    return Draft(q, k, v, new, lse, spec, before), torch.cat([*outs, *(run.out for run in runs)], 2)
+    group.draft.chunks.append(Chunk(q, k, v, new, lse))
+    return torch.cat([*outs, *(run.out for run in runs)], 2)
 
 
-def one_by_one(
-    group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec, lse: Tensor | None
-) -> Iterator[Partial]:
-    """Decode several tokens as if they came alone: in runs that end where a block is due."""
-    i, n = 0, q.shape[2]
+def replay(group: HeadGroup, chunk: Chunk, spec: Spec) -> None:
+    """Take in tokens once more whose attention is known."""
+    for i, j in _runs(group, chunk.q.shape[2]):
+        run = chunk.part(i, j)
+        group.take_in(run.k, run.v, run.new)
+        group.account(run.q, run.lse, run.new, spec, prompt=False)
+
+
+def _runs(group: HeadGroup, n: int) -> Iterator[tuple[int, int]]:
+    """Split n columns where a block becomes due, so that every token finds what it would find alone."""
+    i = 0
     while i < n:
         j = min(n, i + max(1, group.until_seal))
-        run = slice(i, j)
-        count = np.clip(new - (n - j), 0, j - i)
-        known = None if lse is None else lse[:, :, run]
-        yield group.advance(q[:, :, run], k[:, :, run], v[:, :, run], count, spec, False, known, keep_lse=True)
+        yield i, j
         i = j
 
 
@@ -124,5 +153,5 @@ def prompt_then_drafts(
     after = None if new is None else np.minimum(new, drafts)
     out = group.forward(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], before, spec, recording=False)
     group.finish_prefill()
-    follow = group.forward(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], after, spec, recording=True)
+    follow = group.forward(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], after, spec, recording=True, drafts=drafts)
     return torch.cat([out, follow], 2)

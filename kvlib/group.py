@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlib.candidates import Candidates
-from kvlib.drafts import Draft, draft_of_prompt, draft_of_steps, prompt_then_drafts
+from kvlib.drafts import LONGEST, Draft, draft_of_prompt, draft_of_steps, prompt_then_drafts
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
 from kvlib.offload.account import allocated
@@ -43,6 +43,7 @@ class HeadGroup:
         self.tokens = np.zeros(0, dtype=np.int64)  # seen by each row, padding left out
         self.open = True  # whether the prompt may still grow
         self._split: Split | None = None  # frozen when the prompt ends
+        self._chosen = np.zeros(0, dtype=np.int64)  # tokens of each row from which a one-shot method chose
         self.until_seal = 0  # tokens until the next block is due
         self._queries: Tensor | None = None  # newest prompt queries, for votes
         self.draft: Draft | None = None
@@ -50,31 +51,41 @@ class HeadGroup:
 
     # ------------------------------------------------------------------------------------------------ one chunk
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray | None, spec: Spec, recording: bool, drafts: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: np.ndarray | None,
+        spec: Spec,
+        recording: bool,
+        drafts: int | None = None,
     ) -> Tensor:
         """Take in a chunk k [B, H, n, d], v [B, H, n, dv] whose last new[r] tokens of row r are real (None: all), and
-        attend its queries q [B, Hq, n, d] to all that is held.  While `recording` the chunk stays provisional until `crop`.
-        The newest `drafts` tokens of a prompt's last chunk are known to be drafts that follow it.
+        attend its queries q [B, Hq, n, d] to all that is held.  While `recording` the newest tokens stay provisional until
+        `crop`; `drafts` is how many of the chunk's newest are drafts, None where nobody said.
         Returns fp32 [B, Hq, n, dv]."""
-        self.accept()
         n = q.shape[2]
         if drafts and self.open and self.evictor is not None:
             return prompt_then_drafts(self, q, k, v, new, spec, drafts)
+        grows = recording and self.draft is not None and self.draft.before is not None
+        if self.draft is not None and not (grows and self.draft.tokens + n <= LONGEST):
+            self.settle()
         if self.tail is None:
             self.tail = Tail(k, v, ("mass",) if self.needs.mass else ())
             self.tokens = np.zeros(len(k), dtype=np.int64)
         elif n == 1:
             self.finish_prefill()
         prompt = self.open or (n > 1 and not recording)
-        if not recording or self.evictor is None or self.reversible:
-            return self.advance(q, k, v, new, spec, prompt).out
+        final = not recording or self.evictor is None or self.reversible or (self.open and drafts == 0)
+        if final:
+            return self.step(q, k, v, new, spec, prompt).out
         if new is None:
             new = np.full(len(k), n, dtype=np.int64)
-        begin = draft_of_prompt if self.open else draft_of_steps
-        self.draft, out = begin(self, q, k, v, new, spec)
-        return out
+        if self.open:
+            return draft_of_prompt(self, q, k, v, new, spec)
+        return draft_of_steps(self, q, k, v, new, spec, max(LONGEST, (drafts or 0) + 1))
 
-    def advance(
+    def step(
         self,
         q: Tensor,
         k: Tensor,
@@ -82,24 +93,38 @@ class HeadGroup:
         new: np.ndarray | None,
         spec: Spec,
         prompt: bool,
-        lse: Tensor | None = None,
         keep_lse: bool = False,
     ) -> Partial:
-        """append -> attend -> observe -> seal; with `lse` given the attention is known and only replayed."""
-        assert self.tail is not None
-        self.tail.append(k, v, new)
-        self.tokens = self.tokens + (q.shape[2] if new is None else new)
-        masses = None
-        if lse is None:
-            part, masses = self.attend(q, spec, prompt, lse=self.needs.mass or keep_lse)
-        else:
-            part = Partial(q, lse)
-        if self.evictor is not None:
-            self.observe(q, part.lse, new, spec, prompt, masses)
-            self.until_seal -= q.shape[2]
-            if self.online and (prompt or self.until_seal <= 0):
-                self.seal()
+        """Take in -> attend -> account."""
+        self.take_in(k, v, new)
+        part, masses = self.attend(q, spec, prompt, lse=self.needs.mass or keep_lse)
+        self.account(q, part.lse, new, spec, prompt, masses)
         return part
+
+    def take_in(self, k: Tensor, v: Tensor, new: np.ndarray | None) -> None:
+        """Append a chunk to the tail."""
+        if self.tail is None:
+            self.tail = Tail(k, v)
+            self.tokens = np.zeros(len(k), dtype=np.int64)
+        self.tail.append(k, v, new)
+        self.tokens = self.tokens + (k.shape[2] if new is None else new)
+
+    def account(
+        self,
+        q: Tensor,
+        lse: Tensor | None,
+        new: np.ndarray | None,
+        spec: Spec,
+        prompt: bool,
+        masses: _Masses | None = None,
+    ) -> None:
+        """Observe what the newest tokens' queries q, of log-sum-exp lse, attended to, and seal what has become due."""
+        if self.evictor is None:
+            return
+        self.observe(q, lse, new, spec, prompt, masses)
+        self.until_seal -= q.shape[2]
+        if self.online and (prompt or self.until_seal <= 0):
+            self.seal()
 
     def attend(self, q: Tensor, spec: Spec, prompt: bool, lse: bool) -> tuple[Partial, _Masses | None]:
         """Merged attention over sink, body and tail; for a single query row of a method that accumulates attention also
@@ -185,15 +210,14 @@ class HeadGroup:
         """The prompt is complete: freeze fractional budgets and let one-shot methods evict.  Idempotent."""
         if not self.open or self.tail is None or not self.tokens.any():
             return
-        if self.draft is not None:
-            self.crop(0)  # comes back here with nothing provisional
-            return
+        self.settle()
         if self.evictor is not None:
             self._split = self.evictor.split(self.tokens, self.sizes)
             if self.online:
                 self.seal()
             else:
                 over = self.tokens > self._split.total
+                self._chosen = np.where(over, self.tokens, 0)
                 self._compress(np.where(over, self.tokens - self._split.recent, 0), self._split)
                 self._queries = None
                 self.tail.fields = {}
@@ -234,7 +258,7 @@ class HeadGroup:
             candidates.positions,
             candidates.valid,
             candidates.field("mass") if self.needs.mass else None,
-            self._votes(candidates) if self.needs.votes else None,
+            self._votes(candidates, split) if self.needs.votes else None,
             self._fetch(candidates),
             self._tokenizer,
         )
@@ -248,13 +272,17 @@ class HeadGroup:
         self.body = body
         self.tail.drop(oldest)
 
-    def _votes(self, candidates: Candidates) -> Tensor:
-        """Probability the candidates got from the newest prompt queries, averaged over each group's query heads."""
+    def _votes(self, candidates: Candidates, split: Split) -> Tensor:
+        """Probability the candidates got from the newest prompt queries, at most `recent`, averaged over each group's
+        query heads."""
         assert self.tail is not None and self._queries is not None
         spec = self.spec
         group = self._queries.shape[1] // self.tail.k.shape[1]
         lse = merge([self.tail.attend(self._queries, spec)], spec.sinks).lse
         assert lse is not None
+        n = lse.shape[2]
+        silent = torch.from_numpy(n - np.minimum(split.recent, n)).to(lse.device)[:, None]
+        lse = lse.masked_fill((torch.arange(n, device=lse.device) < silent)[:, None], float("inf"))
         mass = self.tail.column_mass(self._queries, lse, spec) / group
         return candidates.take_tail(torch.nn.functional.pad(mass, (self.tail.begin, 0))).masked_fill(~candidates.valid, 0)
 
@@ -274,10 +302,11 @@ class HeadGroup:
         """Whether forgetting the newest tokens leaves no trace: nothing is observed or sealed any more."""
         return not self.open and not self.online
 
-    def accept(self) -> None:
+    def settle(self) -> None:
         """Let whatever is still provisional stay."""
-        if self.draft is not None:
-            self.crop(0)
+        draft, self.draft = self.draft, None
+        if draft is not None:
+            draft.settle(self, 0)
 
     def check_crop(self, n: int) -> None:
         """Raise ValueError where taking back the newest n tokens would leave a trace."""
@@ -286,13 +315,34 @@ class HeadGroup:
         if self.draft is not None:
             self.draft.check(n)
             return
-        held = 0 if self.tail is None else int(self.tail.lengths.min())
-        if n > held or not (self.evictor is None or self.reversible):
+        held = 0 if self.tail is None else int(self._retractable().min())
+        if n > held:
             name = "full" if self.evictor is None else self.evictor.name
             raise ValueError(
-                f"cannot take back {n} tokens from a {name} cache that holds {held} newest ones: they were not "
-                "provisional and have left their mark; call cache.activate_past_recording() before the tokens arrive"
+                f"cannot take back {n} tokens from a {name} cache: only the newest {held} have left no mark; call "
+                "cache.activate_past_recording() before the tokens arrive"
             )
+
+    def _retractable(self) -> np.ndarray:
+        """How many of each row's newest tokens can be dropped without a trace, nothing being provisional."""
+        assert self.tail is not None
+        if self.evictor is None:
+            return self.tail.lengths
+        if not self.reversible:
+            return np.zeros_like(self.tokens)
+        since = self.tokens - self._chosen if len(self._chosen) else self.tokens
+        free: np.ndarray = np.minimum(self.tail.lengths, since)
+        return free
+
+    def can_retract(self, hidden: np.ndarray) -> bool:
+        """Whether each row's newest hidden[r] tokens can be dropped without a trace."""
+        return self.tail is not None and self.draft is None and bool((hidden <= self._retractable()).all())
+
+    def retract(self, hidden: np.ndarray) -> None:
+        """Drop each row's newest hidden[r] tokens, which turned out to be padding."""
+        assert self.tail is not None
+        self.tail.retract(hidden)
+        self.tokens = self.tokens - hidden
 
     def crop(self, n: int) -> None:
         """Take back the newest n tokens of every row; other provisional tokens become final and the prompt ends."""
@@ -311,18 +361,9 @@ class HeadGroup:
         self.tokens = self.tokens - n
 
     # ---------------------------------------------------------------------------------------------------- the rest
-    def take_in(self, k: Tensor, v: Tensor) -> None:
-        """Hold a chunk that somebody else attends; only for groups that keep everything."""
-        assert self.evictor is None
-        if self.tail is None:
-            self.tail = Tail(k, v)
-            self.tokens = np.zeros(len(k), dtype=np.int64)
-        self.tail.append(k, v, None)
-        self.tokens = self.tokens + k.shape[2]
-
     def copy(self, token_ids: TokenIds | None) -> HeadGroup:
         """An independent group in the same state; what is provisional becomes final in both."""
-        self.accept()
+        self.settle()
         twin = HeadGroup(self.evictor, self.sizes, token_ids, self._tokenizer)
         twin.__dict__.update({**self.__dict__, "_token_ids": token_ids})
         twin.tail = None if self.tail is None else self.tail.copy()
@@ -332,17 +373,19 @@ class HeadGroup:
         """Select batch rows [B']; some may repeat, some may go."""
         if self.tail is None:
             return
-        self.accept()
+        self.settle()
         self.tail.reorder(rows)
         self.sink = None if self.sink is None else self.sink.reorder(rows)
         self.body = None if self.body is None else self.body.reorder(rows)
         self._queries = None if self._queries is None else self._queries.index_select(0, rows)
-        if len(rows) != len(self.tokens) or (self.tokens != self.tokens[0]).any():
-            chosen = rows.cpu().numpy()
-            self.tokens = self.tokens[chosen]
-            if self._split is not None:
-                s = self._split
-                self._split = Split(s.sink[chosen], s.recent[chosen], s.block[chosen], s.body[chosen])
+        split = [] if self._split is None else [self._split.sink, self._split.recent, self._split.block, self._split.body]
+        chosen = [self._chosen] if len(self._chosen) else []
+        per_row = [self.tokens, *chosen, *split]
+        if len(rows) != len(self.tokens) or any((x != x[0]).any() for x in per_row):  # else no need to ask the device
+            order = rows.cpu().numpy()
+            self.tokens = self.tokens[order]
+            self._chosen = self._chosen[order] if len(self._chosen) else self._chosen
+            self._split = Split(*(x[order] for x in split)) if split else None
 
     def kept(self) -> np.ndarray:
         """Tokens held, int64 [B, H]."""

@@ -60,7 +60,14 @@ class _Recorded(Layer):
         self.out: Tensor | None = None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False, drafts: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: NewTokens | None,
+        spec: Spec,
+        recording: bool = False,
+        drafts: int | None = None,
     ) -> Tensor:
         """Attend densely and remember."""
         self.out = super().forward(q, k, v, new, spec, recording, drafts)
@@ -75,7 +82,14 @@ class _Gated(Layer):
         self.gates, self.teacher, self.visible = gates, teacher, visible
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False, drafts: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: NewTokens | None,
+        spec: Spec,
+        recording: bool = False,
+        drafts: int | None = None,
     ) -> Tensor:
         """Mix; differentiable in the gates and the inputs."""
         group = q.shape[1] // k.shape[1]

@@ -18,24 +18,30 @@ class NewTokens:
     """Which columns of a chunk [B, n] are tokens: `count` [B] of them per row, the rest padding.
 
     order [B, n] puts each row's tokens last, in order, and inverse undoes it; both None where they stand last already.
-    older [B] is how many earlier columns the mask calls tokens, None where it does not say.
+    older [B] is how many earlier columns the mask calls tokens and trailing [B] how many of the last of them it calls
+    padding; None where that was not read.
     """
 
     count: np.ndarray
     order: Tensor | None = None
     inverse: Tensor | None = None
     older: np.ndarray | None = None
+    trailing: np.ndarray | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor, n: int) -> NewTokens:
-        """Read a padding mask [B, seen + n], nonzero for tokens.  Costs one transfer to the host."""
+        """Read a padding mask [B, seen + n], nonzero for tokens.  Costs one transfer to the host, of the last column only
+        for n = 1."""
+        if n == 1:
+            return cls(mask[:, -1:].to(torch.bool).cpu().numpy().sum(1))
         whole = mask.to(torch.bool).cpu().numpy()
-        host = whole[:, whole.shape[1] - n :]
-        count, older = host.sum(1), whole[:, : whole.shape[1] - n].sum(1)
+        host, past = whole[:, whole.shape[1] - n :], whole[:, : whole.shape[1] - n]
+        count, older = host.sum(1), past.sum(1)
+        trailing = np.where(past.any(1), past[:, ::-1].argmax(1), past.shape[1]) if past.shape[1] else older
         if (host == (np.arange(n) >= n - count[:, None])).all():
-            return cls(count, older=older)
+            return cls(count, older=older, trailing=trailing)
         order = torch.from_numpy(host.argsort(1, kind="stable")).to(mask.device)
-        return cls(count, order, order.argsort(1), older)
+        return cls(count, order, order.argsort(1), older, trailing)
 
 
 class Layer:
@@ -50,16 +56,24 @@ class Layer:
         self._index: list[tuple[Tensor, Tensor]] | None = None  # per group (KV heads, query heads) on the device
         self._inverse: Tensor | None = None
         self.shape: tuple[int, int, int, int] | None = None  # batch, KV heads, d, dv
+        self._permuted = False  # whether a chunk's columns were put in another order than the model's mask has them
 
     def clear(self) -> None:
         """Forget every token, and the batch they came from."""
         for group in self.groups:
             group.clear()
-        self.shape = None
+        self.shape, self._permuted = None, False
 
     @torch.no_grad()
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False, drafts: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: NewTokens | None,
+        spec: Spec,
+        recording: bool = False,
+        drafts: int | None = None,
     ) -> Tensor:
         """Take in a chunk and attend it: q [B, Hq, n, d], k [B, H, n, d], v [B, H, n, dv] post-rotary; returns
         [B, Hq, n, dv] in q's dtype.  `new` is None where every column is a token;
@@ -68,10 +82,11 @@ class Layer:
         Raises ValueError, with the cache as it was, for a chunk that does not fit what is held.
         """
         self.check(k, v)
-        self._check_older(new)
+        self._retract_padding(new)
         count = None if new is None else new.count
         if new is not None and new.order is not None:
             q, k, v = (_permute(x, new.order) for x in (q, k, v))
+            self._permuted = True
         self.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
         if len(self.groups) == 1:
             out = self.groups[0].forward(q, k, v, count, spec, recording, drafts)
@@ -99,20 +114,27 @@ class Layer:
                 "call cache.reset() after moving or casting the model"
             )
 
-    def _check_older(self, new: NewTokens | None) -> None:
-        """Raise ValueError where the mask calls padding what has been taken in as a token."""
-        if new is None or new.older is None or self.shape is None:
+    def _retract_padding(self, new: NewTokens | None) -> None:
+        """Drop tokens that the mask now calls padding: the newest of rows that ended before others did.
+
+        Raises ValueError where they are not the newest, or have left their mark on what was evicted.
+        """
+        if new is None or new.older is None or new.trailing is None or self.shape is None:
             return
-        hidden = self.groups[0].tokens - new.older
-        if (hidden > 0).any():
+        hidden = np.maximum(self.groups[0].tokens - new.older, 0)
+        if not hidden.any():
+            return
+        if (hidden > new.trailing).any() or not all(group.can_retract(hidden) for group in self.groups):
             row = int(hidden.argmax())
             raise ValueError(
-                f"attention_mask hides {hidden[row]} tokens of row {row} that the cache has taken in as real: mask padding "
-                "when it is first given; for conversations of different length use one cache each"
+                f"attention_mask hides {hidden[row]} tokens of row {row} that the cache has taken in as real and cannot "
+                "drop without a trace: mask padding when it is first given, or use one cache per conversation"
             )
+        for group in self.groups:
+            group.retract(hidden)
 
     def _forward_groups(
-        self, q: Tensor, k: Tensor, v: Tensor, count: np.ndarray | None, spec: Spec, recording: bool, drafts: int
+        self, q: Tensor, k: Tensor, v: Tensor, count: np.ndarray | None, spec: Spec, recording: bool, drafts: int | None
     ) -> Tensor:
         if self._index is None or self._index[0][0].device != q.device:
             self._place_heads(q.shape[1] // k.shape[1], q.device)
@@ -157,7 +179,7 @@ class Layer:
 
     def dense(self) -> tuple[Tensor, Tensor] | None:
         """All keys and values [B, H, seen, d] where nothing was ever moved or dropped, else None."""
-        if len(self.groups) != 1:
+        if len(self.groups) != 1 or self._permuted:
             return None
         group = self.groups[0]
         tail = group.tail
@@ -169,6 +191,7 @@ class Layer:
         """An independent layer in the same state, reading ids from `token_ids`."""
         twin = Layer([group.copy(token_ids) for group in self.groups], self.heads)
         twin.shape, twin._index, twin._inverse = self.shape, self._index, self._inverse
+        twin._permuted = self._permuted
         return twin
 
     @property

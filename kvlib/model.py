@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+_REPEATS_KEYS = ("jetmoe",)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -22,6 +24,13 @@ class ModelSpec:
     def from_config(cls, config: Any) -> ModelSpec:
         """Read a (text) configuration; raises ValueError naming the family and the reason where kvlib cannot serve it."""
         refuse(config)
+        try:
+            return cls._read(config)
+        except AttributeError as error:  # e.g. attributes that differ per layer
+            raise ValueError(f"kvlib does not support the family {config.model_type!r}: {error}") from error
+
+    @classmethod
+    def _read(cls, config: Any) -> ModelSpec:
         q_heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or q_heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // q_heads)
@@ -46,6 +55,8 @@ def refuse(config: Any) -> None:
         reason = "it uses multi-head latent attention (MLA): its cache holds latents, not keys and values per head"
     elif isinstance(rope, dict) and "mrope_section" in rope:
         reason = "it uses multimodal rotary positions (M-RoPE): one token has several positions"
+    elif family in _REPEATS_KEYS:
+        reason = "its layers change keys between the cache and the attention function"
     elif getattr(config, "num_kv_shared_layers", 0):
         reason = f"{config.num_kv_shared_layers} of its layers read another layer's keys and values"
     else:

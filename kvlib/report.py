@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from kvlib.hf import Cache
 
@@ -28,8 +30,9 @@ def report(cache: Cache) -> str:
 
 def _tokens(cache: Cache) -> list[str]:
     kept = cache.kept()
-    if not kept.numel():
+    if not kept.numel() or not cache.managed:
         return ["tokens      none yet"]
+    kept = kept[torch.from_numpy(cache.managed_layers)]
     seen = [int(n) for n in cache.managed[0].store.groups[0].tokens]
     total = sum(seen) * kept.shape[0] * kept.shape[2]
     held = int(kept.sum())
@@ -43,7 +46,8 @@ def _bytes(cache: Cache) -> list[str]:
     parts = {name: size for name, size in cache.nbytes(by="part").items() if size}
     total = sum(parts.values())
     full = cache.full_nbytes()
-    share = f" = {100 * total / full:.1f} % of the full cache's {full:,} bytes" if full else ""
+    own = total - parts.get("stock", 0)
+    share = f"; kvlib's layers {100 * own / full:.1f} % of the {full:,} that all their tokens would take" if full else ""
     split = ", ".join(f"{name} {size:,}" for name, size in parts.items())
     return [f"bytes       {total:,} allocated on the device{share}" + (f" ({split})" if split else "")]
 

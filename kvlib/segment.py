@@ -92,8 +92,16 @@ class Tail:
                 self._close_gaps(n - new, new)
             self._move(self.end - held - new)
 
+    def retract(self, hidden: np.ndarray) -> None:
+        """Forget each row's newest hidden[r] tokens; the others move up, so that all rows end together."""
+        held = self.lengths
+        self._close_gaps(hidden, np.zeros_like(hidden))
+        self._move(self.end - held + hidden)
+
     def _close_gaps(self, gap: np.ndarray, new: np.ndarray) -> None:
         """Shift each row's older tokens right over the `gap` padding slots that precede its new tokens."""
+        if self.shared:
+            self._rebuild(self.k.shape[2])
         for buffer in (self.k, self.v, *self.fields.values()):
             live = buffer[:, :, : self.end]
             live.copy_(close_gaps(live, gap, new))
@@ -191,7 +199,9 @@ class Tail:
         """The present state, which later appends and drops do not disturb."""
         self.shared = True
         copy = object.__new__(Tail)
-        copy.__dict__.update(self.__dict__, fields={name: field.clone() for name, field in self.fields.items()})
+        with torch.inference_mode(False):
+            fields = {name: field.clone() for name, field in self.fields.items()}
+        copy.__dict__.update(self.__dict__, fields=fields)
         return copy
 
     def copy(self) -> Tail:

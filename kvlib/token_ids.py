@@ -63,5 +63,6 @@ class TokenIds:
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows."""
         if self.ids is not None:
-            self.ids = self.ids.index_select(0, rows.to(self.ids.device))
+            with torch.inference_mode(False):
+                self.ids = self.ids.index_select(0, rows.to(self.ids.device))
             self.count = self.count[rows.cpu().numpy()]

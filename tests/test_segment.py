@@ -13,6 +13,8 @@ steps = st.lists(
         st.tuples(st.just("drop"), st.lists(st.floats(0, 1), min_size=3, max_size=3)),
         st.tuples(st.just("take back"), st.integers(1, 5)),
         st.tuples(st.just("reorder"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
+        st.tuples(st.just("retract"), st.lists(st.floats(0, 1), min_size=3, max_size=3)),
+        st.tuples(st.just("snapshot")),
     ),
     min_size=1,
     max_size=12,
@@ -23,7 +25,7 @@ steps = st.lists(
 def test_tail_is_a_list_per_row(script):
     """Whatever happens to a tail, each row holds its own tokens in order, and the slack stays small."""
     rows = [[], [], []]
-    tail, clock = None, 0
+    tail, clock, snapshots = None, 0, []
     for what, *arguments in script:
         if what == "append":
             n, shares = arguments
@@ -47,6 +49,15 @@ def test_tail_is_a_list_per_row(script):
         elif tail is not None and what == "reorder":
             tail.reorder(torch.tensor(arguments[0]))
             rows = [list(rows[i]) for i in arguments[0]]
+        elif tail is not None and what == "retract":
+            hidden = np.array([int(share * len(row)) for share, row in zip(arguments[0], rows, strict=True)])
+            tail.retract(hidden)
+            rows = [row[: len(row) - m] for row, m in zip(rows, hidden, strict=True)]
+        elif tail is not None and what == "snapshot":
+            snapshots.append((tail.snapshot(), [list(row) for row in rows]))
+        for kept, before in snapshots:
+            for r, row in enumerate(before):
+                assert kept.k[r, 0, int(kept.starts[r]) : kept.end, 0].tolist() == row
         if tail is not None:
             assert tail.lengths.tolist() == [len(row) for row in rows]
             for r, row in enumerate(rows):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from kvlib.hf.functions import NAME
@@ -20,7 +19,7 @@ class Attachment:
     previous: str
     hook: Any = None
     generate: bool = False
-    gates: np.ndarray | None = None  # the induction probe's, once per model
+    drafts: Any = None  # the hook that counts drafts for caches under assisted decoding
 
 
 attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
@@ -49,8 +48,9 @@ def detach(model: PreTrainedModel) -> None:
     state = attached.pop(model, None)
     if state is None:
         return
-    if state.hook is not None:
-        state.hook.remove()
+    for hook in (state.hook, state.drafts):
+        if hook is not None:
+            hook.remove()
     if state.generate:
         del model.generate
     model.set_attn_implementation(state.previous)

@@ -44,7 +44,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             raise ValueError("the model is in training mode: call model.eval() first")
         self._model = weakref.ref(model)
         self.tokenizer = tokenizer
-        self.drafts = 0  # tokens of the coming chunk that are drafts after the prompt
+        self.announced: tuple[int, int] | None = None  # (tokens seen, drafts) of a coming chunk under assisted decoding
         evict = self.recipe.evict
         needs = evict.requirements() if evict is not None else None
         if needs is not None and needs.tokenizer and tokenizer is None:
@@ -70,6 +70,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             for i, (layer, mine) in enumerate(zip(stock, managed, strict=True))
         ]
         super().__init__(layers=layers)
+        self._set_layers(layers)
 
     def _head_table(self, model: PreTrainedModel) -> HeadTable | None:
         if self.recipe.heads is None:
@@ -92,20 +93,16 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         """An independent copy on the same model, for prompts that several requests share."""
-        model = self._model()
-        if model is None:
-            raise RuntimeError("the model of this cache is gone")
-        copy = Cache(model, self.recipe, self.tokenizer)
+        copy = object.__new__(Cache)
         memo[id(self)] = copy
-        for mine, theirs in zip(self.layers, copy.layers, strict=True):
-            if isinstance(mine, CacheLayer):
-                for name in ("seen", "record_past", "is_initialized"):
-                    setattr(theirs, name, getattr(mine, name))
-                theirs.store = mine.store.copy(None if copy.token_ids is None else copy.token_ids.at)
-            else:
-                theirs.__dict__.update(deepcopy(mine.__dict__, memo))
-        if self.token_ids is not None and copy.token_ids is not None:
+        copy.__dict__.update(self.__dict__)  # all of it immutable, but for the layers and the ids
+        if self.token_ids is not None:
+            copy.token_ids = TokenIds()
             copy.token_ids.__dict__.update(deepcopy(self.token_ids.__dict__, memo))
+        ids = None if copy.token_ids is None else copy.token_ids.at
+        copy._set_layers(
+            [layer.copy(copy, ids) if isinstance(layer, CacheLayer) else deepcopy(layer, memo) for layer in self.layers]
+        )
         return copy
 
     def implementation(self) -> str:
@@ -113,34 +110,38 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         model = self._model()
         return "" if model is None else str(text_config(model)._attn_implementation)
 
-    @property
-    def managed(self) -> list[CacheLayer]:
-        """The layers kvlib keeps; sliding and linear layers keep their stock cache."""
-        return [layer for layer in self.layers if isinstance(layer, CacheLayer)]
+    def _set_layers(self, layers: list[Any]) -> None:
+        self.layers = layers
+        #: The layers kvlib keeps; sliding and linear layers keep their stock cache.
+        self.managed: list[CacheLayer] = [layer for layer in layers if isinstance(layer, CacheLayer)]
+        for order, layer in enumerate(self.managed):
+            layer.order = order
 
     def finish_prefill(self) -> None:
         """Declare the prompt complete: one-shot methods evict now instead of at the first one-token query."""
         for layer in self.managed:
             layer.store.finish_prefill()
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new keys and values to a layer; raises ValueError, before any layer changes, for another batch size."""
+        if self.managed and self.managed[0].batch_size not in (-1, key_states.shape[0]):
+            self.managed[0].store.check(key_states, value_states)
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
     def activate_past_recording(self) -> None:
         """From now on the newest tokens are provisional until `crop`; called by assisted decoding.
 
-        Its first forward holds the prompt and the first drafts together, and asks for the logits of the drafts only: a
-        hook that removes itself reads there how many they are.
+        Each of its forwards asks for the logits of the drafts and one more: a hook on the model, removed by `detach`,
+        reads there how many drafts a chunk holds.
         """
         super().activate_past_recording()
         model = self._model()
-        if model is not None and self.recipe.lossy and self.get_seq_length() == 0:
-            mine = weakref.ref(self)
-
-            def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hook.remove()
-                cache, keep = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
-                if isinstance(cache, Cache) and cache is mine() and isinstance(keep, int):
-                    cache.drafts = max(0, keep - 1)
-
-            hook = model.register_forward_pre_hook(count, with_kwargs=True)
+        state = None if model is None else attached.get(model)
+        if model is not None and state is not None and state.drafts is None:
+            state.drafts = model.register_forward_pre_hook(_announce_drafts, with_kwargs=True)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest -tokens_to_remove tokens of every row (a negative number; 0 accepts provisional ones)."""
@@ -148,9 +149,15 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             raise ValueError(
                 f"crop({tokens_to_remove}): give how many tokens to remove, as a negative number (crop(-3) removes three)"
             )
-        for layer in self.managed:  # all of them or none
-            layer.store.check_crop(-int(tokens_to_remove))
-        self.drafts = 0
+        for layer in self.layers:  # all of them or none
+            if isinstance(layer, CacheLayer):
+                layer.store.check_crop(-int(tokens_to_remove))
+            elif tokens_to_remove and getattr(layer, "is_sliding", False) and not layer.record_past:  # noqa: SIM102
+                if layer.get_seq_length() >= layer.sliding_window:
+                    raise ValueError(
+                        f"cannot take back {-tokens_to_remove} tokens: layers with a sliding window have dropped what came "
+                        "before them; call cache.activate_past_recording() before the tokens arrive"
+                    )
         super().crop(tokens_to_remove)
         if self.token_ids is not None:
             self.token_ids.crop(-int(tokens_to_remove))
@@ -175,17 +182,32 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything; the cache can be used for another prompt."""
-        super().reset()
-        self.drafts = 0
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model of this cache is gone: make a new cache")
+        fresh = DynamicCache(config=text_config(model)).layers
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, CacheLayer):
+                layer.reset()
+            else:  # a stock layer's own reset differs between versions, and keeps past recording on
+                self.layers[i] = fresh[i]
+        self.announced = None
         if self.token_ids is not None:
             self.token_ids.clear()
 
     def kept(self) -> Tensor:
-        """Tokens held, LongTensor [managed layers, batch, kv_heads]; [layers, 0, kv_heads] before the first token."""
-        counts = [layer.store.kept() for layer in self.managed]
-        if not counts or not counts[0].size:
-            return torch.zeros(len(counts), 0, self.spec.kv_heads, dtype=torch.long)
-        return torch.from_numpy(np.stack(counts))
+        """Tokens held, LongTensor [layers, batch, kv_heads]; [layers, 0, kv_heads] before the first token.
+
+        Layers that keep their stock cache count what it holds: their window, or 0 for layers without keys.
+        """
+        rows = max((layer.batch_size for layer in self.managed), default=-1)
+        counts = np.zeros((len(self.layers), max(rows, 0), self.spec.kv_heads), dtype=np.int64)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, CacheLayer):
+                counts[i] = layer.store.kept() if layer.store.shape is not None else 0
+            elif isinstance(getattr(layer, "keys", None), Tensor):
+                counts[i] = layer.keys.shape[-2]
+        return torch.from_numpy(counts)
 
     def nbytes(self, by: str = "tier", used: bool = False) -> dict[str, int]:
         """Bytes allocated, everything included: `{"device": ..., "host": ..., "disk": ...}`.
@@ -223,6 +245,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         return report(self)
 
 
+def _announce_drafts(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model under assisted decoding: tell the cache how many of the coming tokens are drafts."""
+    cache, keep = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+    if isinstance(cache, Cache):
+        cache.announced = (cache.get_seq_length(), keep - 1) if isinstance(keep, int) and keep > 0 else None
+
+
 def _take_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the base model: hand the ids of new tokens to a cache whose recipe needs them."""
     cache = kwargs.get("past_key_values")
@@ -253,7 +282,9 @@ def patch(model: PreTrainedModel, recipe: str | Recipe, tokenizer: Any = None) -
         owner = me()
         own_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache_implementation") is not None
         if owner is not None and not own_cache and kwargs.get("use_cache") is not False:
-            kwargs["past_key_values"] = Cache(owner, recipe, tokenizer)
+            kwargs["past_key_values"] = cache = Cache(owner, recipe, tokenizer)
+            if getattr(kwargs.get("generation_config"), "is_assistant", False):  # its tokens are drafts, to be taken back
+                cache.activate_past_recording()
         return stock(*args, **kwargs)
 
     model.generate = generate

@@ -40,7 +40,8 @@ def kvlib_mask(
 ) -> Tensor | None:
     """The mask a layer gets: for full layers the 2-D padding mask itself (None where nothing is padding), for sliding
     layers and custom patterns the stock 4-D mask."""
-    if local_size is not None or mask_function is not causal_mask_function:
+    growing = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # else: a static cache
+    if local_size is not None or mask_function is not causal_mask_function or not growing:
         kwargs["allow_is_causal_skip"] = False
         stock: Tensor | None = sdpa_mask(
             batch_size,
@@ -68,9 +69,9 @@ def _padding_mask(attention_mask: Tensor, q_length: int, kv_length: int, kv_offs
             "new ones): give it one column for each"
         )
     mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if bool(mask.all()):
+    if q_length > 1 and bool(mask.all()):
         return None
-    setattr(mask, NEW, NewTokens.from_mask(mask, q_length))
+    setattr(mask, NEW, NewTokens.from_mask(mask, q_length))  # read once for all layers
     return mask
 
 
@@ -106,14 +107,16 @@ def kvlib_attention(
             mask = sdpa_mask(len(query), n, keys, keys - n, device=query.device, allow_is_causal_skip=False)
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
         return out, None
-    out = merge([attention(query, key, value, scale, _stock_visibility(attention_mask), softcap)], s_aux).out
+    out = merge(
+        [attention(query, key, value, scale, _stock_visibility(attention_mask, query.shape[2]), softcap)], s_aux
+    ).out
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _stock_visibility(mask: Tensor | None) -> Visible:
+def _stock_visibility(mask: Tensor | None, n: int) -> Visible:
     if mask is None or mask.dim() == 4:
         return Visible(causal=mask is None, mask=mask)
-    return Visible(causal=True, mask=mask[:, None, None].bool())
+    return Visible(causal=True, mask=mask[:, None, None].bool().expand(-1, -1, n, -1))
 
 
 AttentionInterface.register(NAME, kvlib_attention)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvlib.group import TokenIds
 from kvlib.hf.functions import HANDLE, NAME, NEW, eagerly
 from kvlib.layer import Layer, NewTokens
 from kvlib.segment import Spec
@@ -29,12 +30,16 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self._owner = weakref.ref(owner)
         self.index, self.store = index, store
+        self.order = 0  # place among the layers kvlib keeps
         self.seen = 0  # columns that went through, padding included: what generate() calls the length
         self.record_past = False
         self._parked: tuple[Tensor, Tensor] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheLayer:
-        raise TypeError("copy the whole cache: copy.deepcopy(cache)")
+    def copy(self, owner: Cache, token_ids: TokenIds | None) -> CacheLayer:
+        """An independent layer in the same state, of another cache."""
+        twin = CacheLayer(owner, self.index, self.store.copy(token_ids))
+        twin.seen, twin.record_past, twin.is_initialized = self.seen, self.record_past, self.is_initialized
+        return twin
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: storage follows the first keys."""
@@ -54,6 +59,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         owner = self._owner()
         if owner is None or owner.implementation() != NAME:
             return self._stock_update(key_states, value_states)
+        self._check_attended(owner)
         self._parked = (key_states, value_states)
         setattr(key_states, HANDLE, self)
         return key_states, value_states
@@ -63,7 +69,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if len(groups) == 1 and groups[0].evictor is None and (self.store.shape is None or self.store.dense()):
             with torch.no_grad():
                 self.store.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
-                groups[0].take_in(k, v)
+                groups[0].take_in(k, v, None)
             self.seen += k.shape[2]
             self.is_initialized = True
             dense = self.store.dense()
@@ -83,12 +89,35 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             raise RuntimeError("kvlib caches do not train: call model.eval() first")
         (k, v), self._parked = self._parked, None
         new = self._new_tokens(mask, q.shape[2])
-        owner = self._owner()
-        drafts = 0 if owner is None or not self.record_past else owner.drafts
+        drafts = self._drafts(q.shape[2]) if self.record_past else None
         out = self.store.forward(q, k, v, new, spec, self.record_past, drafts)
         self.seen += q.shape[2]
         self.is_initialized = True
         return out.transpose(1, 2).contiguous()
+
+    def _check_attended(self, owner: Cache) -> None:
+        """Raise RuntimeError where the layer before this one parked keys that never reached kvlib's attention."""
+        before = owner.managed[self.order - 1]
+        if self.order == 0 and before is not self:  # whatever is parked is from a forward that was given up
+            for layer in owner.managed:
+                layer._parked = None
+        elif before._parked is not None:
+            raise RuntimeError(
+                f"the keys of layer {before.index} never reached kvlib's attention: either this cache belongs to another "
+                "model than the one that is called, or the model changes keys after the cache has seen them, and kvlib "
+                "cannot serve it"
+            )
+
+    def _drafts(self, n: int) -> int | None:
+        """How many of the coming n tokens are drafts, None where nobody said.  A new turn's prompt ends the recording:
+        transformers switches it on for assisted decoding and never off."""
+        owner = self._owner()
+        announced = None if owner is None else owner.announced
+        if announced is None or announced[0] != self.seen:
+            return None
+        if announced[1] == 0 and n > 2 and not self.store.groups[0].open:
+            self.record_past = False
+        return announced[1]
 
     def _new_tokens(self, mask: Tensor | None, n: int) -> NewTokens | None:
         if mask is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlib.group import HeadGroup
-from kvlib.hf.attach import attach, attached, text_config
+from kvlib.hf.attach import attach, text_config
 from kvlib.hf.cache import Cache
 from kvlib.layer import Layer, NewTokens
 from kvlib.policies.base import Sizes
 from kvlib.policies.heads.razor_attention import REPEATS, induction
 from kvlib.segment import Spec
+
+_gates: weakref.WeakKeyDictionary[PreTrainedModel, np.ndarray] = weakref.WeakKeyDictionary()
 
 
 class _ProbeLayer(Layer):
@@ -27,10 +30,17 @@ class _ProbeLayer(Layer):
         self.gates: Tensor | None = None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, new: NewTokens | None, spec: Spec, recording: bool = False, drafts: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new: NewTokens | None,
+        spec: Spec,
+        recording: bool = False,
+        drafts: int | None = None,
     ) -> Tensor:
         """Score, then attend as ever."""
-        self.gates = induction(q, k, spec.scale, self.period, spec.softcap)
+        self.gates = induction(q, k, spec.scale, self.period, spec.softcap, spec.sinks)
         return super().forward(q, k, v, new, spec, recording, drafts)
 
 
@@ -41,9 +51,9 @@ def induction_gates(model: PreTrainedModel) -> np.ndarray:
     The probe text is one block of random tokens repeated, min(2048, max_positions / 2) tokens in all, drawn from a
     generator of its own.  Layers that keep their stock cache have gate 1.  Source: arXiv 2407.15891.
     """
-    attach(model)
-    state = attached[model]
-    if state.gates is None:
+    gates = _gates.get(model)
+    if gates is None:
+        attach(model)
         config = text_config(model)
         cache = Cache(model, "full")
         period = max(1, (min(2048, cache.spec.max_positions // 2) - 1) // REPEATS)
@@ -61,8 +71,8 @@ def induction_gates(model: PreTrainedModel) -> np.ndarray:
         for index, probe in probes.items():
             assert probe.gates is not None
             gates[index] = probe.gates[0].float().cpu().numpy()
-        state.gates = gates
-    return state.gates
+        _gates[model] = gates
+    return gates
 
 
 def _as_list(value: Any) -> list[int]:

@@ -98,6 +98,7 @@ def test_sliding_layers_keep_their_stock_cache():
     cache = kvlib.Cache(model, "duo_attention(sparsity=0.5, sink=2, recent=8) + h2o(budget=32)")
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "CacheLayer", "CacheLayer"]
     model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert (cache.kept()[0] == 23).all()  # the window, without the token that is being read
     assert cache.nbytes(by="part")["stock"] > 0
     assert not cache.streaming[0].any()
     assert cache.streaming.sum() == 2
@@ -118,6 +119,9 @@ def test_copies_live_their_own_lives():
         other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
         model.generate(other, attention_mask=mask, past_key_values=copy.deepcopy(prompt), **GREEDY)
         assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=prompt, **GREEDY), expected)
+    kvlib.detach(model)
+    copy.deepcopy(prompt)
+    assert model.config._attn_implementation != "kvlib"
 
 
 def test_crop_without_notice():
@@ -131,7 +135,7 @@ def test_crop_without_notice():
         torch.testing.assert_close(b, a[:, 86:], atol=1e-5, rtol=1e-4)
         with pytest.raises(ValueError, match="negative"):
             full.crop(5)
-        with pytest.raises(ValueError, match="holds 96"):
+        with pytest.raises(ValueError, match="newest 96"):
             full.crop(-97)
         small = kvlib.Cache(model, "h2o(budget=32)")
         model(ids, past_key_values=small)
@@ -149,10 +153,10 @@ def test_a_mask_that_does_not_cover_the_tokens_is_refused():
         model(ids, attention_mask=mask, past_key_values=cache)
         with pytest.raises(ValueError, match="96 columns for 97 tokens"):
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)
-        hiding = torch.nn.functional.pad(mask, (0, 1), value=1)
-        hiding[0, 90:96] = 0
+        hiding = torch.nn.functional.pad(mask, (0, 3), value=1)
+        hiding[0, 40:46] = 0
         with pytest.raises(ValueError, match="hides 6 tokens of row 0"):
-            model(ids[:, :1], attention_mask=hiding, past_key_values=cache)
+            model(ids[:, :3], attention_mask=hiding, past_key_values=cache)
         assert cache.get_seq_length() == 96
         with pytest.raises(ValueError, match="2-D padding mask"):
             model(ids[:, :1], attention_mask=torch.zeros(2, 1, 1, 97), past_key_values=cache)
@@ -174,6 +178,113 @@ def _move_mask(module, args, kwargs):
     return args, {**kwargs, "attention_mask": None if mask is None else mask.clone()}
 
 
+def test_a_cache_of_another_model_is_noticed():
+    mine, other, (ids, _) = tiny_model(), tiny_model(seed=2), prompts(1, 96, 0)
+    with pytest.raises(RuntimeError, match="belongs to another model"), torch.no_grad():
+        other(ids, past_key_values=kvlib.Cache(mine, "full"))
+    cache = kvlib.Cache(mine, "full")
+    hook = mine.model.layers[1].register_forward_pre_hook(_give_up)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        mine(ids, past_key_values=cache)
+    hook.remove()
+    cache.reset()
+    with torch.no_grad():
+        after = mine(ids, past_key_values=cache).logits
+        assert torch.equal(after, mine(ids, past_key_values=kvlib.Cache(mine, "full")).logits)
+
+
+def _give_up(*_):
+    raise KeyboardInterrupt
+
+
+def test_static_caches_work_on_an_attached_model():
+    model, (ids, mask) = tiny_model(), prompts()
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    kvlib.patch(model, "h2o(budget=32)")
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY), expected)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss"])
+def test_softcap_and_sinks_under_a_stock_cache(family):
+    model, (ids, mask) = tiny_model(family), prompts(2, 150)
+    model.set_attn_implementation("eager")
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    model.set_attn_implementation("kvlib")
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "GptOss"])
+def test_refusals_leave_hybrid_models_as_they_were(family):
+    model, (ids, mask) = tiny_model(family), prompts()
+    cache = kvlib.Cache(model, "h2o(budget=32)")
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="reset"):
+            model(ids[:1, :1], past_key_values=cache)
+        full = kvlib.Cache(model, "full")
+        model(ids, past_key_values=full)
+        with pytest.raises(ValueError, match="sliding window"):
+            full.crop(-3)
+    for c in (cache, full):
+        assert {layer.get_seq_length() for layer in c.layers} == {96}
+    out = model.generate(ids, attention_mask=mask, past_key_values=kvlib.Cache(model, "h2o(budget=32)"), **GREEDY)
+    cache.reset()
+    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY), out)
+
+
+@torch.no_grad()
+def test_a_right_padded_prompt_does_not_survive_detaching_silently():
+    model, ids = tiny_model(), prompts(2, 96, 0)[0]
+    mask = torch.ones_like(ids)
+    mask[0, 80:] = 0
+    cache = kvlib.Cache(model, "full")
+    model(ids, attention_mask=mask, past_key_values=cache)
+    kvlib.detach(model)
+    with pytest.raises(RuntimeError, match="not one dense tensor"):
+        model(ids[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("recipe", ["full", "snapkv(budget=32, window=8)", "h2o(budget=32)"])
+def test_a_row_that_ended_early_can_go_on(recipe):
+    """In a batch, padding generated after a row's end is masked in the next turn."""
+    model, (ids, mask) = tiny_model(), prompts()
+    cache, lone = kvlib.Cache(model, recipe), kvlib.Cache(model, recipe)
+    first = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    turn, seen = prompts(2, 9, 0, seed=8)[0], torch.nn.functional.pad(mask, (0, 12 + 9), value=1)
+    seen[0, 96 + 5 : 108] = 0  # row 0 ended after five tokens
+    both = torch.cat([first, turn], 1)
+    if recipe.startswith("h2o"):  # its padding has voted
+        with pytest.raises(ValueError, match="hides 6 tokens of row 0"):
+            model.generate(both, attention_mask=seen, past_key_values=cache, **GREEDY)
+        return
+    out = model.generate(both, attention_mask=seen, past_key_values=cache, **GREEDY)
+    model.generate(ids[:1], past_key_values=lone, max_new_tokens=6, do_sample=False)
+    text = torch.cat([first[:1, :101], turn[:1]], 1)
+    expected = model.generate(text, past_key_values=lone, **GREEDY)
+    assert torch.equal(out[0, -21:], expected[0, -21:])
+
+
+@torch.no_grad()
+def test_a_one_shot_choice_is_not_taken_back():
+    model, (ids, _) = tiny_model(), prompts(1, 96, 0)
+    cache = kvlib.Cache(model, "snapkv(budget=32, window=8)")
+    model(ids, past_key_values=cache)
+    cache.finish_prefill()
+    with pytest.raises(ValueError, match="left no mark"):
+        cache.crop(-8)
+    model(ids[:, :5], past_key_values=cache)
+    cache.crop(-5)
+    assert cache.get_seq_length() == 96
+
+
+def test_the_probe_outlives_detaching():
+    model = tiny_model(max_position_embeddings=128)
+    gates = kvlib.hf.induction_gates(model)
+    kvlib.detach(model)
+    assert kvlib.hf.induction_gates(model) is gates
+
+
 def test_training_mode_is_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match=re.escape("model.eval()")):
@@ -188,6 +299,7 @@ def test_training_mode_is_refused():
     ("family", "config", "reason"),
     [
         ("DeepseekV3", {"kv_lora_rank": 16, "q_lora_rank": 16, "first_k_dense_replace": 3}, "MLA"),
+        ("JetMoe", {"num_local_experts": 2, "num_experts_per_tok": 2, "kv_channels": 16}, "change keys"),
         ("Qwen2", {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}, "M-RoPE"),
     ],
 )

@@ -50,40 +50,37 @@ def test_a_compressed_row_does_not_know_its_batch(family, recipe):
     assert torch.equal(out[1, 17:], second[0])
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral"])
+FULL = {"layer_types": ["full_attention"] * 3}
+ORACLES = [("Llama", {}), ("Qwen2", {}), ("Mistral", {}), ("Gemma2", FULL), ("GptOss", FULL)]
+
+
+@pytest.mark.parametrize(("family", "config"), ORACLES)
 @pytest.mark.parametrize("recipe", COMPRESSED)
 @torch.no_grad()
-def test_a_compressed_step_is_attention_over_exactly_what_is_held(family, recipe):
-    """Contract: what `positions()` says is held is what a step attends to, per row and head, and nothing else."""
-    model, (ids, mask) = tiny_model(family), prompts()
+def test_a_compressed_step_is_attention_over_exactly_what_is_held(family, config, recipe):
+    """What `positions()` says is held is what a step attends to, per row and head, and nothing else."""
+    model, (ids, mask) = tiny_model(family, **config), prompts()
     full = oracle.filled(model, ids, mask)
-    cache = kvlib.Cache(model, recipe + ("" if "streaming" not in recipe and "duo" not in recipe else " + block=1"))
+    cache = kvlib.Cache(model, recipe)
     logits = model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1:]
     cache.finish_prefill()
     for _ in range(14):
         token, mask = logits.argmax(-1), pad(mask, (0, 1), value=1)
         position = mask.sum(-1, keepdim=True) - 1
-        if "streaming" in recipe:  # the oldest of the window leaves when the new token enters
-            _show_window(cache)
-        else:
-            oracle.show(cache, (0, 17))
+        oracle.show(cache, (0, 17), _window(cache))
         model.set_attn_implementation("kvlib")
         logits = model(token, attention_mask=mask, past_key_values=cache, position_ids=position).logits
-        if "duo" not in recipe:
-            model.set_attn_implementation("kvlib_oracle")
-            expected = model(token, attention_mask=mask, past_key_values=full, position_ids=position).logits
-            assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
+        model.set_attn_implementation("kvlib_oracle")
+        expected = model(token, attention_mask=mask, past_key_values=full, position_ids=position).logits
+        assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert cache.kept().max() < 80
 
 
-def _show_window(cache):
-    oracle.show(cache, (0, 17))
-    for i, layer in enumerate(cache.managed):
-        for r, row in enumerate(layer.store.positions()):
-            for h, positions in enumerate(row):
-                newest = int(positions.max()) + 1
-                gone = [p for p in positions.tolist() if 4 <= p <= newest - 24]
-                oracle.VISIBLE[i][r, h, torch.tensor(gone, dtype=torch.long) + (0, 17)[r]] = False
+def _window(cache):
+    """(sink, recent) of heads that see a window only, [layers][heads], else None."""
+    streaming = cache.recipe.heads.streaming() if cache.recipe.heads else None
+    other = cache.recipe.evict if cache.recipe.evict.name == "streaming_llm" else None
+    return [[streaming if s else other for s in layer] for layer in cache.streaming]
 
 
 @pytest.mark.parametrize("recipe", ["full", *COMPRESSED])
@@ -140,9 +137,41 @@ def test_assisted_decoding_gives_the_tokens_of_plain_decoding(recipe):
         cache = kvlib.Cache(model, recipe)
         out = model.generate(ids, past_key_values=cache, **length, **more)
         assert torch.equal(out, expected)
-        assert len(model._forward_pre_hooks) == hooks
-        again = model.generate(out, past_key_values=cache, max_new_tokens=4, do_sample=False)  # a turn after drafts
-        assert again.shape[1] == out.shape[1] + 4
+        turn = torch.cat([out, prompts(1, 20, 0, seed=4)[0]], 1)  # a plain turn after an assisted one
+        plain = kvlib.Cache(model, recipe)
+        model.generate(ids, past_key_values=plain, **length)
+        again = model.generate(turn, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        assert torch.equal(again, model.generate(turn, past_key_values=plain, max_new_tokens=20, do_sample=False))
+        assert cache.nbytes(by="part")["staging"] == 0
+    kvlib.detach(model)
+    assert len(model._forward_pre_hooks) == hooks
+
+
+def test_long_drafts_and_compressed_assistants():
+    model, draft, ids = tiny_model(), copy_of(tiny_model()), prompts(1, 24, 0)[0].repeat(1, 4)
+    model.generation_config.eos_token_id = 2
+    length = {"max_new_tokens": 60, "do_sample": False}
+    recipe = "h2o(budget=32)"
+    expected = model.generate(ids, past_key_values=kvlib.Cache(model, recipe), **length)
+    cache = kvlib.Cache(model, recipe)
+    assert torch.equal(model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=200, **length), expected)
+    kvlib.patch(draft, "h2o(budget=32)")
+    cache = kvlib.Cache(model, recipe)
+    assert torch.equal(model.generate(ids, past_key_values=cache, assistant_model=draft, **length), expected)
+
+
+@pytest.mark.parametrize("recipe", ["h2o(budget=32)", "snapkv(budget=32, window=8)", "streaming_llm(sink=4, recent=24)"])
+def test_assisted_in_inference_mode_then_on_without(recipe):
+    model, ids = tiny_model(), prompts(1, 24, 0)[0].repeat(1, 4)
+    cache, plain = kvlib.Cache(model, recipe), kvlib.Cache(model, recipe)
+    length = {"max_new_tokens": 40, "do_sample": False}
+    with torch.inference_mode():
+        out = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **length)
+    out = out.clone()
+    assert torch.equal(model.generate(ids, past_key_values=plain, **length), out)
+    turn = torch.cat([out, prompts(1, 20, 0, seed=4)[0]], 1)
+    again = model.generate(turn, past_key_values=cache, **length)
+    assert torch.equal(again, model.generate(turn, past_key_values=plain, **length))
 
 
 def copy_of(model):
