@@ -31,7 +31,7 @@ test: .venv/.ready
 
 oldest: .oldest/.ready
 	PYTHONPATH=.oldest $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)', t.__version__"
-	PYTHONPATH=.oldest $(BIN)/python -m pytest -m "not slow" tests/hf
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -m "not slow" tests/hf tests/test_testing.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

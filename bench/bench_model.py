@@ -22,6 +22,7 @@ from transformers import DynamicCache
 import kvlib
 from kvlib import smollm2
 from kvlib.demo import default_text
+from kvlib.segment import Tail
 
 STOCK = "DynamicCache + sdpa"
 RECIPES = [
@@ -47,15 +48,27 @@ def live() -> dict[int, int]:
 
 
 class Peak:
-    """Largest nbytes() seen after any layer of one forward."""
+    """Largest nbytes() while one forward runs, sampled where a layer holds most: before the tail gives up what was sealed,
+    when the old and the new body are there too, and after every layer."""
 
     def __init__(self, model, cache):
         self.most = 0
         hooks = [layer.register_forward_hook(lambda *_: self.note(cache)) for layer in model.model.layers]
-        self.remove = lambda: [hook.remove() for hook in hooks]
+        drop = Tail.drop
+
+        def watched(tail, oldest):
+            self.note(cache)
+            drop(tail, oldest)
+
+        Tail.drop = watched
+        self.undo = [hook.remove for hook in hooks] + [lambda: setattr(Tail, "drop", drop)]
 
     def note(self, cache):
         self.most = max(self.most, cache.nbytes()["device"])
+
+    def remove(self):
+        for undo in self.undo:
+            undo()
 
 
 def attach(model, name):

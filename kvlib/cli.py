@@ -96,7 +96,7 @@ def identify(
     text: TextOption = None,
     out: Annotated[Path, typer.Option(help="Head table to write.")] = Path("heads.tsv"),
     steps: Annotated[int, typer.Option(help="Optimisation steps (paper: 2000).")] = 120,
-    length: Annotated[int, typer.Option(help="Tokens per example (paper: 1000 to 32000).")] = 1024,
+    length: Annotated[int, typer.Option(help="Tokens per example (paper: 1000 to 32000).")] = 768,
     passkeys: Annotated[int, typer.Option(help="Passkeys per example (paper: 10).", min=1, max=10)] = 3,
     words: Annotated[int, typer.Option(help="Words per passkey (paper: 32).", min=1)] = 12,
     seed: int = 0,

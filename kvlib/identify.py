@@ -37,7 +37,7 @@ class Training:
     """
 
     steps: int = 120
-    length: int = 1024
+    length: int = 768
     passkeys: int = 3
     words: int = 12
     sink: int = 16

@@ -264,8 +264,8 @@ def _take_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     rows, n = ids.shape
     new = NewTokens(np.full(rows, n, dtype=np.int64)) if mask is None else NewTokens.from_mask(mask, n)
     taken_in = cache.managed[0].store.groups[0].tokens
-    if len(taken_in):  # a forward that failed after this hook has left ids whose tokens never came
-        cache.token_ids.count = taken_in.copy()
+    if len(taken_in):  # ids of a forward that failed after this hook, or of what is now called padding, do not count
+        cache.token_ids.count = taken_in.copy() if new.older is None else np.minimum(taken_in, new.older)
     cache.token_ids.append(ids, new)
 
 

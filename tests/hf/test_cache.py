@@ -365,3 +365,18 @@ def test_old_transformers_are_refused(monkeypatch):
     monkeypatch.setattr(kvlib, "_installed", lambda name: "5.16.1")
     with pytest.raises(ImportError, match=r"5\.16\.1 is too old"):
         kvlib.__getattr__("Cache")
+
+
+def test_a_model_spread_by_device_map(tmp_path):
+    """Layers that are loaded when they run hand tensors through hooks; storage follows each layer's first keys."""
+    model, (ids, mask) = tiny_model(), prompts()
+    expected = model.generate(ids, attention_mask=mask, past_key_values=kvlib.Cache(model, "h2o(budget=32)"), **GREEDY)
+    kvlib.detach(model)
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    spread.generation_config.eos_token_id = None
+    assert hasattr(spread.model.layers[1], "_hf_hook")
+    out = spread.generate(ids, attention_mask=mask, past_key_values=kvlib.Cache(spread, "h2o(budget=32)"), **GREEDY)
+    assert torch.equal(out, expected)
