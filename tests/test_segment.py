@@ -38,6 +38,8 @@ def test_tail_is_a_list_per_row(script):
             clock += n
             tail = tail or Tail(x, x, ("mass",))
             tail.append(x, x, None if (new == n).all() else new)
+            for r in range(3):
+                tail.fields["mass"][r, 0, tail.end - new[r] : tail.end] = x[r, 0, n - new[r] :, 0]
         elif tail is not None and what == "drop":
             oldest = np.array([int(share * len(row)) for share, row in zip(arguments[0], rows, strict=True)])
             tail.drop(oldest)
@@ -63,6 +65,7 @@ def test_tail_is_a_list_per_row(script):
             for r, row in enumerate(rows):
                 assert tail.k[r, 0, int(tail.starts[r]) : tail.end, 0].tolist() == row
                 assert tail.v[r, 0, int(tail.starts[r]) : tail.end, 0].tolist() == row
+                assert tail.fields["mass"][r, 0, int(tail.starts[r]) : tail.end].tolist() == row
             longest = max(map(len, rows))
             assert tail.k.shape[2] <= longest + slack(longest) + 90  # 90: padding of a chunk not yet dropped
 

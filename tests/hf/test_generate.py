@@ -257,3 +257,32 @@ def test_padding_inside_and_after_a_chunk_is_as_if_it_were_not_there(recipe):
             torch.testing.assert_close(out[row : row + 1, real], expected, atol=1e-5, rtol=1e-4)
     seen = cache.managed[0].store.groups[0].tokens.tolist()
     assert seen == [96 + 15, 79 + 14]
+    with torch.no_grad():  # and what the padding's queries might have voted for shows in what is evicted later
+        for row, real in ((0, slice(0, 15)), (1, slice(6, 20))):
+            both_ids = torch.cat([ids[row : row + 1, 17 * row :], turn[row : row + 1, real]], 1)
+            lone, rows = kvlib.Cache(model, recipe), kvlib.Cache(model, recipe)
+            model(both_ids[:, :-14] if row else both_ids[:, :-15], past_key_values=lone)
+            model(both_ids[:, -14:] if row else both_ids[:, -15:], past_key_values=lone)
+            model(ids, attention_mask=mask, past_key_values=rows, position_ids=position[:, :96])
+            model(turn, attention_mask=both, past_key_values=rows, position_ids=position[:, 96:])
+            for i in range(24):
+                step = turn[row : row + 1, i % 20 : i % 20 + 1]
+                at = lone.get_seq_length()
+                a = model(step, past_key_values=lone).logits
+                b = model(step.expand(2, 1), past_key_values=rows, position_ids=torch.full((2, 1), at)).logits[
+                    row : row + 1
+                ]
+                torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4)
+            lone_held, held = lone.managed[0].store.positions()[0], rows.managed[0].store.positions()[row]
+            assert all(torch.equal(x, y) for x, y in zip(lone_held, held, strict=True))
+
+
+@pytest.mark.parametrize("recipe", COMPRESSED)
+def test_a_long_row_beside_one_that_fits_the_budget(recipe):
+    model, (ids, _) = tiny_model(), prompts(2, 96, 0)
+    mask = torch.ones_like(ids)
+    mask[1, :78] = 0
+    out = model.generate(ids, attention_mask=mask, past_key_values=kvlib.Cache(model, recipe), **GREEDY)
+    for row, start in ((0, 0), (1, 78)):
+        lone = model.generate(ids[row : row + 1, start:], past_key_values=kvlib.Cache(model, recipe), **GREEDY)
+        assert torch.equal(out[row, start:], lone[0])

@@ -20,7 +20,7 @@ def test_rows_have_their_own_budgets():
 
 
 def test_heads_share_by_score_above_a_floor():
-    score = torch.tensor([[[9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0], [0.5] * 10]])
+    score = torch.tensor([[[9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0], [-1.0] * 10]])
     valid = torch.ones(1, 2, 10, dtype=torch.bool)
     keep = best_shared(score, valid, torch.tensor([5]), floor=0.2)
     assert keep.sum(-1).tolist() == [[9, 1]]  # ten tokens in all, one of them sure for the second head

@@ -27,6 +27,7 @@ def test_known_answer_of_a_step_shows_accumulation_bias():
     out = feed(group, [[0.05, 0.15, 0.6, 0.1, 0.1]], first=6, positions=[0, 2, 4, 5, 6])
     torch.testing.assert_close(out[0, 0, 0, [0, 2, 4, 5, 6]], torch.tensor([0.05, 0.15, 0.6, 0.1, 0.1]))
     assert held(group) == [0, 2, 5, 6]  # 4 drew most attention in this step, and goes
+    torch.testing.assert_close(group.body.fields["mass"][0], torch.tensor([2.55, 2.25]), atol=1e-5, rtol=1e-5)
 
 
 def test_the_prompt_itself_is_attended_in_full():
