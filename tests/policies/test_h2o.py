@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
+from kvlib.segment import Spec
 from tests.driver import feed, group_for, held
 
 CARD = [
@@ -66,3 +68,15 @@ def test_a_fraction_is_frozen_when_the_prompt_ends():
     for i in range(40, 64):
         feed(group, [[1.0]], first=i, positions=[i])
         assert len(held(group)) <= 20
+
+
+def test_queries_of_padding_inside_a_chunk_do_not_vote():
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 2, 40, 8), torch.randn(1, 1, 40, 8), torch.randn(1, 1, 40, 8)
+    spec, plain, padded = Spec(0.3), group_for("h2o(budget=64)"), group_for("h2o(budget=64)")
+    for group, columns, new in ((plain, 6, None), (padded, 10, np.array([6]))):
+        group.forward(q[:, :, :30], k[:, :, :30], v[:, :, :30], None, spec, recording=False)
+        last = slice(40 - columns, 40)  # the chunk with padding starts with four columns that are no tokens
+        group.forward(q[:, :, last], k[:, :, last], v[:, :, last], new, spec, recording=False)
+    masses = [group.tail.fields["mass"][0, 0, group.tail.begin : group.tail.end] for group in (plain, padded)]
+    torch.testing.assert_close(masses[1], masses[0])

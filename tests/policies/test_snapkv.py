@@ -64,3 +64,13 @@ def test_window_queries_come_from_several_chunks():
         group.finish_prefill()
     assert held(whole) == held(parts)
     assert 7 in held(parts)
+
+
+def test_no_more_queries_vote_than_are_kept():
+    """A small budget halves the window: recent <= budget / 2, and only those queries vote."""
+    rows = prompt([[0.5 if j == i % 9 else 1e-6 for j in range(i + 1)] for i in range(20, 52)], 52)
+    wide, narrow = group_for("snapkv(budget=16, window=32)"), group_for("snapkv(budget=16, window=8)")
+    for group in (wide, narrow):
+        feed(group, rows)
+        group.finish_prefill()
+    assert held(wide) == held(narrow)
