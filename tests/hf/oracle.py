@@ -44,7 +44,7 @@ def show(cache, pads, windows):
 @torch.no_grad()
 def filled(model, ids, mask):
     """A stock cache that has read the prompt in full."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    model.set_attn_implementation("eager")
     cache = DynamicCache(config=model.config)
     model(ids, attention_mask=mask, past_key_values=cache)
     return cache
