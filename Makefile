@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := 5.17.0
 
-.PHONY: setup demo test adapter oldest lint types full clean
+.PHONY: setup demo test oldest lint types full clean
 
 setup: .venv/.ready
 

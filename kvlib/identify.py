@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvlib.group import HeadGroup
 from kvlib.hf import Cache
-from kvlib.layer import Layer, NewTokens
+from kvlib.layer import Layer
 from kvlib.policies.base import Sizes
 from kvlib.policies.heads.table import HeadTable
 from kvlib.segment import Spec
@@ -59,18 +59,9 @@ class _Recorded(Layer):
         super().__init__([HeadGroup(None, Sizes())], [None])
         self.out: Tensor | None = None
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        new: NewTokens | None,
-        spec: Spec,
-        recording: bool = False,
-        drafts: int | None = None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, new: Any, spec: Spec, *rest: Any, **more: Any) -> Tensor:
         """Attend densely and remember."""
-        self.out = super().forward(q, k, v, new, spec, recording, drafts)
+        self.out = super().forward(q, k, v, new, spec, *rest, **more)
         return self.out
 
 
@@ -81,16 +72,7 @@ class _Gated(Layer):
         super().__init__([HeadGroup(None, Sizes())], [None])
         self.gates, self.teacher, self.visible = gates, teacher, visible
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        new: NewTokens | None,
-        spec: Spec,
-        recording: bool = False,
-        drafts: int | None = None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, new: Any, spec: Spec, *rest: Any, **more: Any) -> Tensor:
         """Mix; differentiable in the gates and the inputs."""
         group = q.shape[1] // k.shape[1]
         s = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * spec.scale

@@ -83,7 +83,7 @@ class Layer:
         """
         self.check(k, v)
         self._retract_padding(new)
-        count = None if new is None else new.count
+        count = None if new is None or (new.count == k.shape[2]).all() else new.count
         if new is not None and new.order is not None:
             q, k, v = (_permute(x, new.order) for x in (q, k, v))
             self._permuted = True

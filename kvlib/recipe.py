@@ -93,7 +93,8 @@ class Recipe:
     @property
     def lossy(self) -> bool:
         """Whether a token can be given up for good."""
-        return (self.evict is not None and self.evict.evicts()) or self.heads is not None
+        streams = self.heads is not None and self.heads != self.heads.unlimited()
+        return streams or (self.evict is not None and self.evict.evicts())
 
     @property
     def chunk_invariant(self) -> bool:

@@ -209,7 +209,6 @@ class Tail:
         shared, twin = self.shared, self.snapshot()
         with torch.inference_mode(False):
             twin.k, twin.v = self.k.clone(), self.v.clone()
-            twin.fields = {name: field.clone() for name, field in self.fields.items()}
         self.shared, twin.shared = shared, False
         return twin
 

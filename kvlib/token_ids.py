@@ -21,15 +21,15 @@ class TokenIds:
         self.ids: Tensor | None = None
         self.count = np.zeros(0, dtype=np.int64)
 
-    def append(self, ids: Tensor, new: NewTokens) -> None:
-        """Add the ids [B, n] of a chunk; raises ValueError for another batch size."""
+    def put(self, ids: Tensor, new: NewTokens, first: np.ndarray) -> None:
+        """Write the ids [B, n] of a chunk from position first[r] of each row on; what stood there and after is forgotten.
+        Raises ValueError for another batch size."""
         batch, n = ids.shape
         if self.ids is None:
             self.ids = empty((batch, n + slack(n)), ids, torch.int32)
-            self.count = np.zeros(batch, dtype=np.int64)
-        if batch != len(self.count):
-            raise ValueError(f"the cache holds {len(self.count)} rows, the new ids have {batch}: call cache.reset()")
-        need = int((self.count + new.count).max())
+        if not batch == len(first) == len(self.ids):
+            raise ValueError(f"the cache holds {len(self.ids)} rows, the new ids have {batch}: call cache.reset()")
+        need = int((first + new.count).max())
         if need > self.ids.shape[1]:
             wider = empty((batch, need + slack(need)), self.ids)
             wider[:, : self.ids.shape[1]] = self.ids
@@ -37,11 +37,11 @@ class TokenIds:
         if new.order is not None:
             ids = ids.gather(1, new.order)
         column = torch.arange(n, device=ids.device)
-        first = torch.from_numpy(self.count - (n - new.count)).to(ids.device)[:, None]
+        before = torch.from_numpy(first - (n - new.count)).to(ids.device)[:, None]
         real = column >= torch.from_numpy(n - new.count).to(ids.device)[:, None]
         row = torch.arange(batch, device=ids.device)[:, None].expand(-1, n)
-        self.ids[row[real], (first + column)[real]] = ids[real].int()
-        self.count = self.count + new.count
+        self.ids[row[real], (before + column)[real]] = ids[real].int()
+        self.count = first + new.count
 
     def at(self, positions: Tensor) -> Tensor:
         """Ids at positions [B, H, M]."""
@@ -55,10 +55,6 @@ class TokenIds:
         if self.ids is None:
             return 0
         return int(self.count.sum()) * self.ids.element_size() if used else self.ids.nbytes
-
-    def crop(self, n: int) -> None:
-        """Forget the newest n ids of every row."""
-        self.count = self.count - n
 
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows."""

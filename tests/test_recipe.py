@@ -115,6 +115,7 @@ def test_lossy_is_declared():
     assert not Recipe.parse("h2o(budget=1.0)").lossy
     assert Recipe.parse("h2o(budget=0.99)").lossy
     assert Recipe.parse("duo_attention").lossy
+    assert not Recipe.parse("duo_attention(sparsity=0)").lossy
 
 
 def test_a_name_belongs_to_one_method():

@@ -18,7 +18,7 @@ from kvlib.hf.attach import attach, attached, text_config
 from kvlib.hf.layer import CacheLayer
 from kvlib.layer import Layer, NewTokens
 from kvlib.model import ModelSpec
-from kvlib.offload.account import allocated
+from kvlib.offload.account import TIERS, allocated
 from kvlib.policies.base import RecipeError, Sizes
 from kvlib.policies.heads.table import HeadTable
 from kvlib.recipe import Recipe
@@ -159,8 +159,6 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                         "before them; call cache.activate_past_recording() before the tokens arrive"
                     )
         super().crop(tokens_to_remove)
-        if self.token_ids is not None:
-            self.token_ids.crop(-int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows, for beam search."""
@@ -227,7 +225,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 parts["stock"] += allocated((x for x in vars(layer).values() if isinstance(x, Tensor)), seen)
         if self.token_ids is not None:
             parts["statistics"] += self.token_ids.nbytes(used)
-        return parts if by == "part" else {"device": sum(parts.values()), "host": 0, "disk": 0}
+        # Every part lives where its layer does: no tier below the device holds anything yet.
+        return parts if by == "part" else {**dict.fromkeys(TIERS, 0), "device": sum(parts.values())}
 
     def full_nbytes(self) -> int:
         """Bytes of keys and values if every token seen had been kept, slack left out."""
@@ -263,10 +262,11 @@ def _take_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     mask = kwargs.get("attention_mask")
     rows, n = ids.shape
     new = NewTokens(np.full(rows, n, dtype=np.int64)) if mask is None else NewTokens.from_mask(mask, n)
-    taken_in = cache.managed[0].store.groups[0].tokens
-    if len(taken_in):  # ids of a forward that failed after this hook, or of what is now called padding, do not count
-        cache.token_ids.count = taken_in.copy() if new.older is None else np.minimum(taken_in, new.older)
-    cache.token_ids.append(ids, new)
+    held = cache.managed[0].store.groups[0].tokens
+    first = held if len(held) else np.zeros(rows, dtype=np.int64)
+    if len(held) and new.older is not None:  # what the mask now calls padding is about to be dropped
+        first = np.minimum(held, new.older)
+    cache.token_ids.put(ids, new, first)
 
 
 def patch(model: PreTrainedModel, recipe: str | Recipe, tokenizer: Any = None) -> None:

@@ -96,15 +96,11 @@ def kvlib_attention(
             return eagerly(layer.attend, module, query, attention_mask, spec), None
         return layer.attend(module, query, attention_mask, spec), None
     if softcap is None and s_aux is None:
-        mask = attention_mask
-        if mask is not None and mask.dim() == 2:
-            n, keys = query.shape[2], key.shape[2]
+        mask, n, keys = attention_mask, query.shape[2], key.shape[2]
+        if (mask is not None and mask.dim() == 2) or (mask is None and 1 < n < keys):
             mask = sdpa_mask(
                 len(query), n, keys, keys - n, attention_mask=mask, device=query.device, allow_is_causal_skip=False
             )
-        elif mask is None and 1 < query.shape[2] < key.shape[2]:
-            n, keys = query.shape[2], key.shape[2]
-            mask = sdpa_mask(len(query), n, keys, keys - n, device=query.device, allow_is_causal_skip=False)
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
         return out, None
     out = merge(

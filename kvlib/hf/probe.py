@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvlib.group import HeadGroup
 from kvlib.hf.attach import attach, text_config
 from kvlib.hf.cache import Cache
-from kvlib.layer import Layer, NewTokens
+from kvlib.layer import Layer
 from kvlib.policies.base import Sizes
 from kvlib.policies.heads.razor_attention import REPEATS, induction
 from kvlib.segment import Spec
@@ -29,19 +29,10 @@ class _ProbeLayer(Layer):
         self.period = period
         self.gates: Tensor | None = None
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        new: NewTokens | None,
-        spec: Spec,
-        recording: bool = False,
-        drafts: int | None = None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, new: Any, spec: Spec, *rest: Any, **more: Any) -> Tensor:
         """Score, then attend as ever."""
         self.gates = induction(q, k, spec.scale, self.period, spec.softcap, spec.sinks)
-        return super().forward(q, k, v, new, spec, recording, drafts)
+        return super().forward(q, k, v, new, spec, *rest, **more)
 
 
 @torch.no_grad()
