@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from kvlib.candidates import Candidates
 from kvlib.drafts import LONGEST, Draft, draft_of_prompt, draft_of_steps, prompt_then_drafts
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
-from kvlib.offload.account import allocated
-from kvlib.policies.base import Evictor, Needs, Sizes, Split, View
+from kvlib.policies.base import Evictor, Needs, Selector, Sizes, Split, View
 from kvlib.segment import Spec, Tail, Tiles, close_gaps
 
 _Masses = tuple[Tensor, Tensor | None]  # attention got by the tail's live slots and by the body's
@@ -22,14 +22,26 @@ TokenIds = Callable[[Tensor], Tensor]  # positions [B, H, M] -> ids [B, H, M]
 
 
 class HeadGroup:
-    """Keys and values of some KV heads of a layer, under one evictor.
+    """Keys and values of some KV heads of a layer, under one evictor and one selector.
+
+    heads [H]: the KV heads' places in the model, layer * kv_heads + head, for methods that tell heads apart.
 
     New tokens enter the tail, are attended, and leave it for the sink and the body (or for good) when the evictor's
     split of its budget says so.  Everything is counted per batch row from the row's first real token.
     """
 
-    def __init__(self, evictor: Evictor | None, sizes: Sizes, token_ids: TokenIds | None = None, tokenizer: Any = None):
+    def __init__(
+        self,
+        evictor: Evictor | None = None,
+        sizes: Sizes = Sizes(),  # noqa: B008  (frozen)
+        token_ids: TokenIds | None = None,
+        tokenizer: Any = None,
+        selector: Selector | None = None,
+        heads: np.ndarray | None = None,
+    ):
         self.evictor = evictor if evictor is not None and evictor.evicts() else None
+        self.selector = selector if selector is not None and selector.selects() else None
+        self.heads = heads
         self.online = self.evictor is not None and self.evictor.when == "online"
         self.needs = Needs() if self.evictor is None else self.evictor.requirements()
         self.sizes, self._token_ids, self._tokenizer = sizes, token_ids, tokenizer
@@ -43,9 +55,10 @@ class HeadGroup:
         self.tokens = np.zeros(0, dtype=np.int64)  # seen by each row, padding left out
         self.open = True  # whether the prompt may still grow
         self._split: Split | None = None  # frozen when the prompt ends
+        self.reads: np.ndarray | None = None  # tokens a query of each row reads under a selector, frozen with it
         self._chosen = np.zeros(0, dtype=np.int64)  # tokens of each row from which a one-shot method chose
         self.until_seal = 0  # tokens until the next block is due
-        self._queries: Tensor | None = None  # newest prompt queries, for votes
+        self.queries: Tensor | None = None  # newest prompt queries, for votes
         self.draft: Draft | None = None
         self.spec = Spec(1.0)  # how the model attends, from the last chunk
 
@@ -65,7 +78,7 @@ class HeadGroup:
         `crop`; `drafts` is how many of the chunk's newest are drafts, None where nobody said.
         Returns fp32 [B, Hq, n, dv]."""
         n = q.shape[2]
-        if drafts and self.open and self.evictor is not None:
+        if drafts and self.open and (self.evictor is not None or self.selector is not None):
             return prompt_then_drafts(self, q, k, v, new, spec, drafts)
         grows = recording and self.draft is not None and self.draft.before is not None
         if self.draft is not None and not (grows and self.draft.tokens + n <= LONGEST):
@@ -130,6 +143,8 @@ class HeadGroup:
         """Merged attention over sink, body and tail; for a single query row of a method that accumulates attention also
         what the body and the tail got of it, which spares a second pass over the keys."""
         assert self.tail is not None
+        if self.selector is not None and not prompt:
+            return self._attend_selected(self.selector, q, spec, lse), None
         observed = self.needs.mass and self.online and q.shape[2] == 1
         kept = self.sink is not None or self.body is not None
         parts = [] if self.sink is None else [self.sink.attend(q, spec)]
@@ -149,6 +164,15 @@ class HeadGroup:
             return merged, (tail_mass, None)
         assert body.p is not None and body.lse is not None
         return merged, (tail_mass, self.body.mass_of(body.p, (body.lse - merged.lse).exp()))
+
+    def _attend_selected(self, selector: Selector, q: Tensor, spec: Spec, lse: bool) -> Partial:
+        """Attention over what the selector reads; with budget for everything, what `full` does."""
+        assert self.tail is not None and self.reads is not None
+        chosen = None
+        if (self.tail.lengths > self.reads).any():
+            budget = torch.from_numpy(self.reads).to(q.device)
+            chosen = self.tail.select(q, spec, selector, budget)
+        return merge([self.tail.attend(q, spec, lse=lse or spec.sinks is not None, chosen=chosen)], spec.sinks)
 
     def _band(self, prompt: bool) -> tuple[int | None, int | Tensor]:
         """What a query sees of the tail; rows whose sink has left it have none there."""
@@ -182,10 +206,10 @@ class HeadGroup:
     def remember(self, q: Tensor, new: np.ndarray | None) -> None:
         """Carry the newest queries across prompt chunks, for the votes at its end."""
         n = q.shape[2]
-        held = q if self._queries is None else torch.cat([self._queries, q], 2)
-        if self._queries is not None and new is not None and (new < n).any():
+        held = q if self.queries is None else torch.cat([self.queries, q], 2)
+        if self.queries is not None and new is not None and (new < n).any():
             held = close_gaps(held, n - new, new)
-        self._queries = held[:, :, -self.needs.votes :].clone()
+        self.queries = held[:, :, -self.needs.votes :].clone()
 
     def mass(self, q: Tensor, lse: Tensor, new: np.ndarray | None, prompt: bool) -> _Masses:
         """The attention that the tail's and the body's tokens get from the real queries of q."""
@@ -211,6 +235,8 @@ class HeadGroup:
         if not self.open or self.tail is None or not self.tokens.any():
             return
         self.settle()
+        if self.selector is not None:
+            self.reads = self.selector.tokens(self.tokens)
         if self.evictor is not None:
             self._split = self.evictor.split(self.tokens, self.sizes)
             if self.online:
@@ -219,7 +245,7 @@ class HeadGroup:
                 over = self.tokens > self._split.total
                 self._chosen = np.where(over, self.tokens, 0)
                 self._compress(np.where(over, self.tokens - self._split.recent, 0), self._split)
-                self._queries = None
+                self.queries = None
                 self.tail.fields = {}
                 self.body = None if self.body is None else self.body.with_fields()
         self.open = False
@@ -260,6 +286,7 @@ class HeadGroup:
             candidates.field("mass") if self.needs.mass else None,
             self._votes(candidates, split) if self.needs.votes else None,
             self._fetch(candidates),
+            torch.from_numpy(np.arange(heads) if self.heads is None else self.heads).to(device),
             self._tokenizer,
         )
         keep = self.evictor.keep(view, rankable, torch.from_numpy(split.body).to(device)) & rankable
@@ -275,15 +302,15 @@ class HeadGroup:
     def _votes(self, candidates: Candidates, split: Split) -> Tensor:
         """Probability the candidates got from the newest prompt queries, at most `recent`, averaged over each group's
         query heads."""
-        assert self.tail is not None and self._queries is not None
+        assert self.tail is not None and self.queries is not None
         spec = self.spec
-        group = self._queries.shape[1] // self.tail.k.shape[1]
-        lse = merge([self.tail.attend(self._queries, spec)], spec.sinks).lse
+        group = self.queries.shape[1] // self.tail.k.shape[1]
+        lse = merge([self.tail.attend(self.queries, spec)], spec.sinks).lse
         assert lse is not None
         n = lse.shape[2]
         silent = torch.from_numpy(n - np.minimum(split.recent, n)).to(lse.device)[:, None]
         lse = lse.masked_fill((torch.arange(n, device=lse.device) < silent)[:, None], float("inf"))
-        mass = self.tail.column_mass(self._queries, lse, spec) / group
+        mass = self.tail.column_mass(self.queries, lse, spec) / group
         return candidates.take_tail(torch.nn.functional.pad(mass, (self.tail.begin, 0))).masked_fill(~candidates.valid, 0)
 
     def _fetch(self, candidates: Candidates) -> Callable[[str], Tensor]:
@@ -364,10 +391,26 @@ class HeadGroup:
     def copy(self, token_ids: TokenIds | None) -> HeadGroup:
         """An independent group in the same state; what is provisional becomes final in both."""
         self.settle()
-        twin = HeadGroup(self.evictor, self.sizes, token_ids, self._tokenizer)
+        twin = HeadGroup(self.evictor, self.sizes, token_ids, self._tokenizer, self.selector, self.heads)
         twin.__dict__.update({**self.__dict__, "_token_ids": token_ids})
         twin.tail = None if self.tail is None else self.tail.copy()
         return twin
+
+    def adopt(self, other: HeadGroup, kv_heads: Tensor | None, q_heads: Tensor | None) -> None:
+        """Go on from a prompt that `other` has read densely and evicted nothing of, as if this group had read it in one
+        piece: of its heads those given, or all.  `other` must have kept what this group's evictor needs."""
+        other.settle()
+        assert other.open and other.tail is not None and other.body is None and other.sink is None
+        self.tail = other.tail.take_heads(kv_heads, ("mass",) if self.needs.mass else ())
+        self.tokens, self.spec = other.tokens.copy(), other.spec
+        if q_heads is not None and self.spec.sinks is not None:
+            self.spec = replace(self.spec, sinks=self.spec.sinks[q_heads])
+        if self.needs.votes:
+            assert other.queries is not None
+            queries = other.queries[:, :, -self.needs.votes :]
+            self.queries = queries.clone() if q_heads is None else queries[:, q_heads]
+        if self.online:
+            self.seal()
 
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows [B']; some may repeat, some may go."""
@@ -377,71 +420,14 @@ class HeadGroup:
         self.tail.reorder(rows)
         self.sink = None if self.sink is None else self.sink.reorder(rows)
         self.body = None if self.body is None else self.body.reorder(rows)
-        self._queries = None if self._queries is None else self._queries.index_select(0, rows)
+        self.queries = None if self.queries is None else self.queries.index_select(0, rows)
         split = [] if self._split is None else [self._split.sink, self._split.recent, self._split.block, self._split.body]
         chosen = [self._chosen] if len(self._chosen) else []
-        per_row = [self.tokens, *chosen, *split]
+        reads = [] if self.reads is None else [self.reads]
+        per_row = [self.tokens, *chosen, *split, *reads]
         if len(rows) != len(self.tokens) or any((x != x[0]).any() for x in per_row):  # else no need to ask the device
             order = rows.cpu().numpy()
             self.tokens = self.tokens[order]
             self._chosen = self._chosen[order] if len(self._chosen) else self._chosen
             self._split = Split(*(x[order] for x in split)) if split else None
-
-    def kept(self) -> np.ndarray:
-        """Tokens held, int64 [B, H]."""
-        if self.tail is None:
-            return np.zeros((0, 0), dtype=np.int64)
-        counts = np.repeat(self.tail.lengths[:, None], self.tail.k.shape[1], 1)
-        for kept in (self.sink, self.body):
-            counts = counts if kept is None else counts + kept.counts
-        return counts
-
-    def positions(self) -> list[list[Tensor]]:
-        """Positions of the tokens held, ascending, per batch row and head."""
-        assert self.tail is not None
-        first = self.tokens - self.tail.lengths
-        rows: list[list[Tensor]] = []
-        for r, head in np.ndindex(len(self.tokens), self.tail.k.shape[1]):
-            held = []
-            for kept in (self.sink, self.body):
-                if kept is not None:
-                    slots = kept.slots()[r, head]
-                    held.append(kept.positions.flatten()[slots[slots >= 0]])
-            held.append(torch.arange(int(first[r]), int(self.tokens[r]), dtype=torch.int32))
-            if head == 0:
-                rows.append([])
-            rows[r].append(torch.cat([x.cpu() for x in held]).sort().values)
-        return rows
-
-    def parts(self) -> dict[str, list[Tensor]]:
-        """Every storage the group holds, by part."""
-        found: dict[str, list[Tensor]] = {"sink": [], "body": [], "tail": [], "statistics": [], "staging": []}
-        for name, kept in (("sink", self.sink), ("body", self.body)):
-            if kept is not None:
-                found[name] += kept.tensors()
-                found["statistics"] += kept.bookkeeping()
-        if self.tail is not None:
-            found["tail"] += self.tail.tensors()
-            found["statistics"] += self.tail.bookkeeping()
-        if self._queries is not None:
-            found["statistics"].append(self._queries)
-        if self.draft is not None:
-            found["staging"] += self.draft.tensors()
-        return found
-
-    def nbytes(self, used: bool, seen: set[int]) -> dict[str, int]:
-        """Bytes by part: allocated, or with `used` those of the tokens held, slack left out."""
-        parts = self.parts()
-        sizes = {name: allocated(tensors, seen) for name, tensors in parts.items()}
-        if used and self.tail is not None:
-            vector = (self.tail.k.shape[3] + self.tail.v.shape[3]) * self.tail.k.element_size()
-            held = int(self.tail.lengths.sum()) * self.tail.k.shape[1]
-            sizes["tail"] = held * vector
-            statistics = 4 * held * len(self.tail.fields)
-            for name, kept in (("sink", self.sink), ("body", self.body)):
-                if kept is not None:
-                    sizes[name] = int(kept.counts.sum()) * vector
-                    statistics += int(kept.counts.sum()) * 4 * (1 + len(kept.fields))
-            queries = 0 if self._queries is None else self._queries.nbytes
-            sizes["statistics"] = statistics + queries
-        return sizes
+            self.reads = None if self.reads is None else self.reads[order]

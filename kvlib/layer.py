@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib import census
 from kvlib.group import HeadGroup, TokenIds
 from kvlib.segment import Spec
 
@@ -194,6 +195,22 @@ class Layer:
         twin._permuted = self._permuted
         return twin
 
+    def adopt(self, other: Layer, per_kv: int) -> None:
+        """Go on from a prompt that a layer of one group has read densely, `per_kv` query heads to a KV head; see
+        `HeadGroup.adopt`."""
+        if other.shape is None:
+            return
+        (read,) = other.groups
+        self.shape, self._permuted = other.shape, other._permuted
+        if len(self.groups) == 1:
+            self.groups[0].adopt(read, None, None)
+            return
+        if self._index is None or self._index[0][0].device != other.device:
+            self._place_heads(per_kv, other.device)
+        assert self._index is not None
+        for group, (kv_heads, q_heads) in zip(self.groups, self._index, strict=True):
+            group.adopt(read, kv_heads, q_heads)
+
     @property
     def device(self) -> torch.device:
         """Where the layer lives."""
@@ -203,11 +220,18 @@ class Layer:
 
     def kept(self) -> np.ndarray:
         """Tokens held, int64 [B, H]."""
+        return self._counts(census.kept)
+
+    def read(self) -> np.ndarray:
+        """Tokens a query after the prompt attends, int64 [B, H]."""
+        return self._counts(census.read)
+
+    def _counts(self, count: Callable[[HeadGroup], np.ndarray]) -> np.ndarray:
         if self.shape is None:
             return np.zeros((0, 0), dtype=np.int64)
         counts = np.zeros(self.shape[:2], dtype=np.int64)
         for group, heads in zip(self.groups, self.heads, strict=True):
-            counts[:, slice(None) if heads is None else heads] = group.kept()
+            counts[:, slice(None) if heads is None else heads] = count(group)
         return counts
 
     def positions(self) -> list[list[Tensor]]:
@@ -216,7 +240,7 @@ class Layer:
             return []
         rows: list[list[Tensor]] = [[torch.empty(0)] * self.shape[1] for _ in range(self.shape[0])]
         for group, heads in zip(self.groups, self.heads, strict=True):
-            held = group.positions()
+            held = census.positions(group)
             for r, row in enumerate(held):
                 for i, found in enumerate(row):
                     rows[r][i if heads is None else heads[i]] = found
@@ -226,7 +250,7 @@ class Layer:
         """Bytes by part; see `Cache.nbytes`."""
         total: dict[str, int] = {}
         for group in self.groups:
-            for part, size in group.nbytes(used, seen).items():
+            for part, size in census.nbytes(group, used, seen).items():
                 total[part] = total.get(part, 0) + size
         index = [x for pair in self._index or [] for x in pair]
         if self._inverse is not None:

@@ -18,6 +18,7 @@ from kvlib.policies.base import (
     HeadSplit,
     Method,
     RecipeError,
+    Selector,
     Sizes,
     check_whole,
     parameters,
@@ -34,16 +35,16 @@ _PREFILLS = ("dense",)
 class Recipe:
     """One choice per role: which heads form groups, what is evicted, read, encoded, where it lives, how prompts attend.
 
-    heads: a `HeadSplit` or None.  evict: an `Evictor` or None (keep everything).  select, codec: None (read everything,
-    keep it as it is).  tier: "device".  prefill: "dense".  sink, recent, block: sizes in tokens that override what the
-    evictor would choose from its budget.
+    heads: a `HeadSplit` or None.  evict: an `Evictor` or None (keep everything).  select: a `Selector` or None (read
+    everything).  codec: None (keep it as it is).  tier: "device".  prefill: "dense".  sink, recent, block: sizes in tokens
+    that override what the evictor would choose from its budget.
 
     Raises RecipeError where the combination cannot work.
     """
 
     heads: HeadSplit | None = None
     evict: Evictor | None = None
-    select: None = None
+    select: Selector | None = None
     codec: None = None
     tier: str = "device"
     prefill: str = "dense"
@@ -52,13 +53,15 @@ class Recipe:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        for role, kind in (("heads", HeadSplit), ("evict", Evictor)):
+        for role, kind in (("heads", HeadSplit), ("evict", Evictor), ("select", Selector)):
             value = getattr(self, role)
             if value is not None and not isinstance(value, kind):
                 raise RecipeError("recipe", role, value, f"give a method of the role {role!r} or None")
-        for role in ("select", "codec"):
-            if getattr(self, role) is not None:
-                raise RecipeError("recipe", role, getattr(self, role), "no method has this role yet: leave it None")
+        if self.codec is not None:
+            raise RecipeError("recipe", "codec", self.codec, "no method has this role yet: leave it None")
+        if self.select is not None and self.evict is not None:
+            remedy = f"it chooses from all tokens, and {self.evict.name} drops some of them: a recipe takes one of the two"
+            raise RecipeError(self.select.name, None, None, remedy)
         if self.tier not in _TIERS:
             raise RecipeError("recipe", "tier", self.tier, f"give one of {', '.join(_TIERS)}")
         if self.prefill not in _PREFILLS:
@@ -97,6 +100,12 @@ class Recipe:
         return streams or (self.evict is not None and self.evict.evicts())
 
     @property
+    def dense_prompt(self) -> bool:
+        """Whether a prompt read in one piece is attended as `full` attends it, so that several recipes can share it."""
+        evictors = [self.evict, self.heads.streaming() if self.heads else None]
+        return all(evictor is None or evictor.band(prompt=True) == (None, 0) for evictor in evictors)
+
+    @property
     def chunk_invariant(self) -> bool:
         """Whether a prompt fed in chunks gives what the whole prompt gives."""
         evictors = [self.evict, self.heads.streaming() if self.heads else None]
@@ -106,10 +115,11 @@ class Recipe:
         """The same recipe with so much budget that nothing is given up; by contract the same bits as `full`."""
         heads = None if self.heads is None else self.heads.unlimited()
         evict = None if self.evict is None else self.evict.unlimited()
-        return dataclasses.replace(self, heads=heads, evict=evict)
+        select = None if self.select is None else self.select.unlimited()
+        return dataclasses.replace(self, heads=heads, evict=evict, select=select)
 
     def __str__(self) -> str:
-        terms = [str(method) for method in (self.heads, self.evict) if method is not None]
+        terms = [str(method) for method in (self.heads, self.evict, self.select) if method is not None]
         terms += [f"{size}={getattr(self, size)}" for size in _SIZES if getattr(self, size) is not None]
         return " + ".join(terms) or "full"
 
@@ -244,7 +254,11 @@ def _split_tier(text: str) -> tuple[str, str | None]:
 def _refuse_second(role: str, first: Any, second: Any) -> NoReturn:
     if role in _SIZES:
         raise RecipeError("recipe", role, second, "given twice: leave one out")
-    what = {"evict": "evictors: what one drops the other cannot rank", "heads": "head splits: a head has one group"}
+    what = {
+        "evict": "evictors: what one drops the other cannot rank",
+        "heads": "head splits: a head has one group",
+        "select": "selectors: a query reads one choice",
+    }
     names = f"{first.name} and {second.name}"
     raise RecipeError(names, None, names, f"both are {what[role]}; a recipe takes one")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
 from kvlib.kernels.column_mass import column_mass
 from kvlib.kernels.merge import merge_segments
+
+if TYPE_CHECKING:
+    from kvlib.policies.base import Selector
 
 TILE = 32  # tokens per tile where heads hold different counts
 
@@ -174,12 +178,21 @@ class Tail:
         sink: int | Tensor = 0,
         lse: bool = True,
         probabilities: bool = False,
+        chosen: Tensor | None = None,
     ) -> Partial:
         """Causal attention of q [B, Hq, n, d], the queries of the newest n slots; see `Visible` for window and sink.
-        Probabilities start at the first live slot of any row."""
+        Probabilities start at the first live slot of any row, as does `chosen` from `select`, all that is read then."""
         begin, visible = self._visible(window, sink)
+        if chosen is not None:
+            visible = Visible(mask=chosen.repeat_interleave(q.shape[1] // self.k.shape[1], 1))
         k, v = self.k[:, :, begin : self.end], self.v[:, :, begin : self.end]
         return attention(q, k, v, spec.scale, visible, spec.softcap, lse, probabilities)
+
+    def select(self, q: Tensor, spec: Spec, selector: Selector, budget: Tensor) -> Tensor:
+        """Mask [B, H, n, live] of the slots that a selector reads for q [B, Hq, n, d], `budget` [B] each."""
+        begin, visible = self._visible(None, 0)
+        k = self.k[:, :, begin : self.end]
+        return selector.select(q, k, spec.scale, visible, spec.softcap, spec.sinks, budget)
 
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec, window: int | None = None, sink: int | Tensor = 0) -> Tensor:
         """Probability collected by each slot from the first live one of any row, [B, H, end - begin]."""
@@ -210,6 +223,20 @@ class Tail:
         with torch.inference_mode(False):
             twin.k, twin.v = self.k.clone(), self.v.clone()
         self.shared, twin.shared = shared, False
+        return twin
+
+    def take_heads(self, heads: Tensor | None, fields: tuple[str, ...]) -> Tail:
+        """An independent tail of some KV heads [H'] (None: all) with only the `fields` named."""
+
+        def taken(x: Tensor) -> Tensor:
+            fresh = empty((x.shape[0], x.shape[1] if heads is None else len(heads), *x.shape[2:]), x)
+            live = x[:, :, self.begin : self.end]
+            fresh[:, :, self.begin : self.end] = live if heads is None else live[:, heads]
+            return fresh
+
+        twin = object.__new__(Tail)
+        chosen = {name: taken(self.fields[name]) for name in fields}
+        twin.__dict__.update(self.__dict__, k=taken(self.k), v=taken(self.v), fields=chosen, shared=False)
         return twin
 
     def tensors(self) -> Iterator[Tensor]:

@@ -152,7 +152,7 @@ def full_budget_is_full_attention(bench: _Bench) -> None:
 def _ample(recipe: Recipe) -> Recipe:
     """The recipe with budgets in tokens that this prompt does not reach: everything runs, nothing is evicted."""
     ample: dict[str, Any] = {"recent": None, "block": None}
-    for role in ("heads", "evict"):
+    for role in ("heads", "evict", "select"):
         method = getattr(recipe, role)
         if method is not None:
             fields = {field.name for field in dataclasses.fields(method)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
+from kvlib.kernels.attention import Visible
 from kvlib.kernels.ranking import best, best_shared
 
 if TYPE_CHECKING:
@@ -63,6 +64,13 @@ def check_budget(method: str, value: object, least: int) -> None:
         raise RecipeError(method, "budget", value, f"{method} needs at least {least} tokens: give budget={least} or more")
 
 
+def budget_tokens(budget: Budget, seen: np.ndarray, least: int) -> np.ndarray:
+    """A budget in tokens, int64 [B], for rows of `seen` [B] tokens; a fraction never gives less than `least`."""
+    if isinstance(budget, int):
+        return np.full_like(seen, budget)
+    return np.maximum(np.rint(budget * seen).astype(np.int64), least)
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method must be given beyond keys and values; computed only when asked for.
@@ -109,7 +117,8 @@ class View:
     """Candidates [B, H, M] an evictor ranks: the body so far and the block being sealed, oldest first.
 
     positions int32 and valid bool [B, H, M]; mass and votes fp32 [B, H, M] where asked for, else None; keys, values
-    [B, H, M, d] and token_ids [B, H, M] are fetched at first use.
+    [B, H, M, d] and token_ids [B, H, M] are fetched at first use.  heads [H] are the KV heads' places in the model,
+    layer * kv_heads + head.
     """
 
     def __init__(
@@ -119,10 +128,11 @@ class View:
         mass: Tensor | None,
         votes: Tensor | None,
         fetch: Callable[[str], Tensor],
+        heads: Tensor,
         tokenizer: Any = None,
     ):
         self.positions, self.valid, self.mass, self.votes, self._fetch = positions, valid, mass, votes, fetch
-        self.tokenizer = tokenizer
+        self.heads, self.tokenizer = heads, tokenizer
 
     @cached_property
     def keys(self) -> Tensor:
@@ -226,9 +236,7 @@ class BudgetedEvictor(Evictor):
 
     def tokens(self, seen: np.ndarray) -> np.ndarray:
         """The budget in tokens, [B]; a fraction never gives less than the method's minimum."""
-        if isinstance(self.budget, int):
-            return np.full_like(seen, self.budget)
-        return np.maximum(np.rint(self.budget * seen).astype(np.int64), self.minimum)
+        return budget_tokens(self.budget, seen, self.minimum)
 
     def split(self, seen: np.ndarray, sizes: Sizes) -> Split:
         """The house rule."""
@@ -260,6 +268,45 @@ def shares(budget: np.ndarray, sizes: Sizes, block: int, recent: int | None = No
     recents = np.minimum(recents, budget - blocks)
     sinks = np.minimum(sinks, budget - blocks - recents)
     return Split(sinks, recents, blocks, budget - sinks - recents - blocks)
+
+
+@dataclass(frozen=True)
+class Selector(Method):
+    """Decides which of the tokens held a query reads once the prompt has ended; prompts read everything."""
+
+    role: ClassVar[str] = "select"
+    lossless_recall: ClassVar[bool] = True
+
+    budget: Budget = 0.25
+
+    def __post_init__(self) -> None:
+        check_budget(self.name, self.budget, 1)
+
+    @abstractmethod
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        visible: Visible,
+        softcap: float | None,
+        sinks: Tensor | None,
+        budget: Tensor,
+    ) -> Tensor:
+        """Mask [B, H, n, T] of the keys k [B, H, T, d] that the query rows q [B, Hq, n, d] read, `budget` [B] per row and
+        KV head; see `kernels.attention` for the rest."""
+
+    def selects(self) -> bool:
+        """Whether the budget is less than everything."""
+        return not (isinstance(self.budget, float) and self.budget == 1.0)
+
+    def tokens(self, seen: np.ndarray) -> np.ndarray:
+        """The budget in tokens, [B]."""
+        return budget_tokens(self.budget, seen, 1)
+
+    def unlimited(self) -> Self:
+        """The same method at `budget=1.0`."""
+        return dataclasses.replace(self, budget=1.0)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from kvlib import census
 from kvlib.group import HeadGroup
 from kvlib.recipe import Recipe
 from kvlib.segment import Spec
@@ -38,4 +39,4 @@ def feed(group, rows, first=0, positions=None):
 
 
 def held(group):
-    return group.positions()[0][0].tolist()
+    return census.positions(group)[0][0].tolist()

@@ -7,5 +7,6 @@ handle on the key tensor, where queries, scale and padding mask are known, and l
 from kvlib.hf.attach import detach
 from kvlib.hf.cache import Cache, patch
 from kvlib.hf.probe import induction_gates
+from kvlib.hf.prompt import Prompt
 
-__all__ = ["Cache", "detach", "induction_gates", "patch"]
+__all__ = ["Cache", "Prompt", "detach", "induction_gates", "patch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -66,7 +67,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             streaming = self.recipe.heads.split(self.table, self.managed_layers)
         self.streaming = streaming
         layers = [
-            CacheLayer(self, i, self._layer(streaming[i])) if mine else layer
+            CacheLayer(self, i, self._layer(i, streaming[i])) if mine else layer
             for i, (layer, mine) in enumerate(zip(stock, managed, strict=True))
         ]
         super().__init__(layers=layers)
@@ -79,16 +80,18 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
         return self.recipe.heads.table((self.spec.layers, self.spec.kv_heads), lambda: induction_gates(model))
 
-    def _layer(self, streaming: np.ndarray) -> Layer:
+    def _layer(self, index: int, streaming: np.ndarray) -> Layer:
+        recipe, groups, heads = self.recipe, [], []
         ids = None if self.token_ids is None else self.token_ids.at
-        groups, heads = [], []
+        first = index * self.spec.kv_heads
         if not streaming.all():
-            groups.append(HeadGroup(self.recipe.evict, self.recipe.sizes, ids, self.tokenizer))
             heads.append(np.flatnonzero(~streaming))
+            places = first + heads[-1]
+            groups.append(HeadGroup(recipe.evict, recipe.sizes, ids, self.tokenizer, recipe.select, places))
         if streaming.any():
-            assert self.recipe.heads is not None
-            groups.append(HeadGroup(self.recipe.heads.streaming(), Sizes()))
+            assert recipe.heads is not None
             heads.append(np.flatnonzero(streaming))
+            groups.append(HeadGroup(recipe.heads.streaming(), Sizes(), heads=first + heads[-1]))
         return Layer(groups, heads if len(groups) > 1 else [None])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
@@ -198,11 +201,19 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
         Layers that keep their stock cache count what it holds: their window, or 0 for layers without keys.
         """
+        return self._counts(Layer.kept)
+
+    def read(self) -> Tensor:
+        """Tokens a query after the prompt attends, LongTensor [layers, batch, kv_heads]: those `kept()`, less what a
+        selector leaves unread and what waits unseen behind a streaming window."""
+        return self._counts(Layer.read)
+
+    def _counts(self, count: Callable[[Layer], np.ndarray]) -> Tensor:
         rows = max((layer.batch_size for layer in self.managed), default=-1)
         counts = np.zeros((len(self.layers), max(rows, 0), self.spec.kv_heads), dtype=np.int64)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CacheLayer):
-                counts[i] = layer.store.kept() if layer.store.shape is not None else 0
+                counts[i] = count(layer.store) if layer.store.shape is not None else 0
             elif isinstance(getattr(layer, "keys", None), Tensor):
                 counts[i] = layer.keys.shape[-2]
         return torch.from_numpy(counts)

@@ -41,6 +41,14 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         twin.seen, twin.record_past, twin.is_initialized = self.seen, self.record_past, self.is_initialized
         return twin
 
+    def adopt(self, other: CacheLayer) -> None:
+        """Go on from a prompt that a layer of a `Prompt` has read."""
+        owner = self._owner()
+        assert owner is not None
+        self.store.adopt(other.store, owner.spec.q_heads // owner.spec.kv_heads)
+        self.seen = other.seen
+        self.is_initialized = other.seen > 0
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: storage follows the first keys."""
 

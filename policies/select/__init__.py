@@ -1,0 +1,1 @@
+"""Selectors: which of the tokens held a query reads."""
