@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 import kvlib
 from kvlib import smollm2
-from kvlib.demo import default_text
+from kvlib.eval.language import default_text
 from kvlib.segment import Tail
 
 STOCK = "DynamicCache + sdpa"

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvlib.policies.base import RecipeError
-from kvlib.recipe import Recipe
 from kvlib.recipe import methods as all_methods
+
+if TYPE_CHECKING:
+    from kvlib.eval import Results
 
 app = typer.Typer(help="Keep the KV cache of long-context models small, and see what that costs.", no_args_is_help=True)
 heads = typer.Typer(help="Which KV heads need everything.", no_args_is_help=True)
 app.add_typer(heads, name="heads")
 console = Console()
 
-ModelOption = Annotated[str, typer.Option("--model", help="'smollm2' or the path of a transformers model.")]
+ModelOption = Annotated[str, typer.Option("--model", help="'smollm2', 'tiny' or the path of a transformers model.")]
 TextOption = Annotated[Path | None, typer.Option("--text", help="Text file to read; by default Python's own reference.")]
+RecipeOption = Annotated[list[str] | None, typer.Option("--recipe", help="A recipe to try; may be given several times.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Which pieces of the text, which facts.")]
 
 
 @app.command()
@@ -44,50 +46,126 @@ def methods() -> None:
 def demo(
     model: ModelOption = "smollm2",
     text: TextOption = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="A recipe to try; may be given several times.")
-    ] = None,
+    recipe: RecipeOption = None,
     length: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 2048,
     samples: Annotated[int, typer.Option(help="Questions per recipe.", min=1)] = 6,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Which pieces of the text, which facts.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("kvlib-demo"),
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the answers.")] = Path("kvlib-demo"),
 ) -> None:
     """Let a model read a long text with a fact hidden in it, and answer from the cache each recipe leaves."""
-    from kvlib import demo as demonstration
+    from kvlib.eval.demo import DEPTHS, RECIPES, TASK
 
-    try:
-        recipes = [str(Recipe.parse(text)) for text in recipe or demonstration.RECIPES]
-        loaded, tokenizer = _load(model, dtype)
-        asked = demonstration.questions(tokenizer, _text(text), length, samples, seed)
-    except (RecipeError, ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
-    with _progress() as progress:
-        task = progress.add_task("reading and answering", total=len(recipes) * samples)
-        scores = demonstration.run(
-            loaded, tokenizer, recipes, asked, lambda name: progress.update(task, advance=1, description=name)
-        )
-        progress.update(task, description="done")
-    table = Table(title=f"{model}: {samples} questions on {asked[0].ids.shape[1]} tokens, {loaded.dtype}")
-    for column in ("recipe", "answers right", "KV MB held", "% of full", "prefill s", "tokens/s"):
-        table.add_column(
-            column, justify="left" if column == "recipe" else "right", min_width=26 if column == "recipe" else None
-        )
-    for score in scores:
-        table.add_row(
-            score.recipe,
-            f"{score.right}/{score.asked}",
-            f"{score.nbytes / score.asked / 2**20:.1f}",
-            f"{100 * score.share:.0f}",
-            f"{score.prefill_s / score.asked:.2f}",
-            f"{score.tokens / score.decode_s:.1f}",
-        )
+    results = _evaluate(
+        *(model, recipe or RECIPES, TASK, [length], samples, text, dtype),
+        questions=["aware"],
+        baselines=False,
+        depths=DEPTHS,
+        seed=seed,
+    )
+    _show(results, out)
+    results.save(out / "answers.jsonl")
+    console.print(f"answers: {out / 'answers.jsonl'}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelOption = "smollm2",
+    recipe: RecipeOption = None,
+    tasks: Annotated[str, typer.Option(help="Tasks, as in 'niah, multikey(keys=2)'; `kvlib tasks` lists them.")] = "",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "1024",
+    samples: Annotated[int, typer.Option(help="Samples per task and length.", min=1)] = 20,
+    aware: Annotated[
+        bool | None,
+        typer.Option("--aware/--agnostic", help="Whether the question is seen when recipes compress; by default both."),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Also ask full and, at each budget, oracle, random and streaming_llm.")
+    ] = True,
+    depth: Annotated[str, typer.Option(help="Where needles may lie: from,to as shares of the haystack.")] = "0,1",
+    text: TextOption = None,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    batch: Annotated[int | None, typer.Option(help="Samples side by side; by default 16,384 tokens' worth.", min=1)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for answers and plots; what it has is not asked again.")] = Path(
+        "kvlib-eval"
+    ),
+) -> None:
+    """Measure what recipes give up: retrieval tasks, perplexity, and distance from the full cache's predictions."""
+    from kvlib.eval.run import DEFAULT_TASKS, QUESTIONS
+
+    results = _evaluate(
+        *(model, recipe or ["full"], tasks or DEFAULT_TASKS, _numbers("lengths", lengths, int), samples, text, dtype),
+        questions=QUESTIONS if aware is None else ["aware" if aware else "agnostic"],
+        baselines=baselines,
+        depths=_numbers("depth", depth, float),
+        seed=seed,
+        batch=batch,
+        out=out,
+    )
+    _show(results, out)
+    console.print(f"answers: {out / 'answers.jsonl'}")
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks of `kvlib eval` and their parameters."""
+    from kvlib.eval.tasks import TASKS
+    from kvlib.policies.base import parameters
+
+    table = Table(title="kvlib eval: tasks")
+    for column in ("task", "what is asked"):
+        table.add_column(column, overflow="fold")
+    for name, task in TASKS.items():
+        arguments = ", ".join(f"{key}={value!r}" for key, value in parameters(task).items())
+        table.add_row(f"[bold]{name}[/]" + (f"({arguments})" if arguments else ""), (task.__doc__ or "").splitlines()[0])
     console.print(table)
-    demonstration.plot(scores, out / "memory-against-accuracy.png")
-    figures = {"model": model, "dtype": str(loaded.dtype), "length": length, "samples": samples, "seed": seed}
-    document = {**figures, "scores": [asdict(score) for score in scores]}
-    (out / "scores.json").write_text(json.dumps(document, indent=1) + "\n")
-    console.print(f"plot: {out / 'memory-against-accuracy.png'}   figures: {out / 'scores.json'}")
+
+
+def _evaluate(
+    model: str,
+    recipes: Sequence[str],
+    tasks: str,
+    lengths: Sequence[int],
+    samples: int,
+    text: Path | None,
+    dtype: str,
+    **more: Any,
+) -> Results:
+    from kvlib.eval import run
+
+    with _progress(show_count=False) as progress:
+        bar = progress.add_task(f"loading {model}", total=None)
+
+        def step(done: int, total: int, what: str) -> None:
+            progress.update(bar, total=total, completed=done, description=what)
+
+        try:
+            content = None if text is None else text.read_text()
+            return run.evaluate(model, recipes, tasks, lengths, samples, text=content, dtype=dtype, progress=step, **more)
+        except (ValueError, OSError) as error:
+            raise typer.BadParameter(str(error)) from error
+        except KeyboardInterrupt:
+            kept = "; the same command goes on from there" if more.get("out") else ""
+            console.print(f"[yellow]stopped{kept}[/]")
+            raise typer.Exit(130) from None
+
+
+def _show(results: Results, out: Path) -> None:
+    for table in results.tables():
+        console.print(table)
+    if results.caveat:
+        console.print(f"[yellow]{results.caveat}[/]")
+    for path in results.plot(out):
+        console.print(f"plot: {path}")
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(number) for number in text.split(","))
+    except ValueError:
+        example = "1024,2048" if kind is int else "0.05,0.45"
+        raise typer.BadParameter(f"--{name} {text}: give numbers separated by commas, such as {example}") from None
 
 
 @heads.command()
@@ -103,11 +181,14 @@ def identify(
 ) -> None:
     """Learn which KV heads retrieve (DuoAttention's optimisation) and write the head table."""
     from kvlib import identify as identification
+    from kvlib.eval import load
+    from kvlib.eval.language import default_text
 
     training = identification.Training(steps=steps, length=length, passkeys=passkeys, words=words, seed=seed)
     try:
-        loaded, tokenizer = _load(model, "float32")
-        examples = identification.passkeys(tokenizer, _text(text), training)
+        loaded, tokenizer = load(model, "float32")
+        content = default_text() if text is None else text.read_text()
+        examples = identification.passkeys(tokenizer, content, training)
         with _progress() as progress:
             task = progress.add_task("learning gates", total=steps)
             table = identification.identify(
@@ -124,44 +205,9 @@ def identify(
     console.print(f'use it: kvlib.Cache(model, "duo_attention(sparsity=0.5, heads={str(out)!r})")')
 
 
-def _load(model: str, dtype: str) -> tuple[Any, Any]:
-    """The model in eval mode and its tokenizer; never asks a hub for what is a wrong path."""
-    import torch
-    import transformers
-
-    from kvlib import smollm2
-    from kvlib.demo import faster_dtype
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds and dtype != "auto":
-        raise ValueError(f"dtype={dtype}: give float32, bfloat16, float16 or auto")
-    if model != "smollm2" and not Path(model).is_dir():
-        raise ValueError(f"--model {model}: no such folder; give 'smollm2' or the path of a transformers model")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with console.status(f"loading {model}"):
-        folder = smollm2.weights() if model == "smollm2" else Path(model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = kinds.get(dtype) or (torch.bfloat16 if device == "cuda" else faster_dtype())
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval().to(device)
-        return loaded, transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def _text(path: Path | None) -> str:
-    from kvlib.demo import default_text
-
-    return default_text() if path is None else path.read_text()
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def _progress(show_count: bool = True) -> Progress:
+    count = [MofNCompleteColumn()] if show_count else []
+    columns = (TextColumn("{task.description}"), BarColumn(), *count, TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
 
 

@@ -89,10 +89,16 @@ class Layer:
             q, k, v = (_permute(x, new.order) for x in (q, k, v))
             self._permuted = True
         self.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
+        empty = 0 if count is None or not count.any() else k.shape[2] - int(count.max())
+        if count is not None and empty:  # columns that are padding in every row: there may be fewer keys than queries
+            q, k, v = q[:, :, empty:], k[:, :, empty:], v[:, :, empty:]
+            count = None if int(count.min()) == k.shape[2] else count
         if len(self.groups) == 1:
             out = self.groups[0].forward(q, k, v, count, spec, recording, drafts)
         else:
             out = self._forward_groups(q, k, v, count, spec, recording, drafts)
+        if empty:
+            out = torch.nn.functional.pad(out, (0, 0, empty, 0))
         if new is not None and new.inverse is not None:
             out = _permute(out, new.inverse)
         return out.to(q.dtype)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -12,11 +10,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 import kvlib.policies  # noqa: F401  (registers the methods)
+from kvlib.notation import build, nearest, read_call, read_value, split
 from kvlib.policies.base import (
     BudgetedEvictor,
     Evictor,
     HeadSplit,
-    Method,
     RecipeError,
     Selector,
     Sizes,
@@ -135,7 +133,7 @@ class Recipe:
             raise RecipeError("recipe", None, text, f'give a string such as "h2o(budget=256)", not {text!r}')
         body, tier = _split_tier(text)
         roles: dict[str, Any] = {}
-        for term in _split(body, "+"):
+        for term in split(body, "+"):
             role, value = _term(term.strip(), text)
             if role is None:
                 continue
@@ -178,74 +176,22 @@ def _term(term: str, text: str) -> tuple[str | None, Any]:
     size = re.fullmatch(r"(\w+)\s*=\s*(.*)", term, re.DOTALL)
     if size:
         if size[1] not in _SIZES:
-            raise RecipeError("recipe", size[1], size[2], _nearest(size[1], _SIZES, "size"))
-        return size[1], _value(size[2])
-    call = re.fullmatch(r"([\w.-]+)\s*(?:\((.*)\))?", term, re.DOTALL)
-    if not call:
-        raise RecipeError(repr(text), None, term, f'cannot read {term!r}: write "name(argument=value) + name"')
-    name, arguments = call[1], call[2] or ""
+            raise RecipeError("recipe", size[1], size[2], nearest(size[1], _SIZES, "size"))
+        return size[1], read_value(size[2])
+    name, arguments = read_call(term, text)
     if name == "full":
         if arguments.strip():
             raise RecipeError("full", None, arguments, f"takes no arguments, not {arguments!r}: write full")
         return None, None
     known = registered()
     if name not in known:
-        raise RecipeError(name, None, name, _nearest(name, [*known, "full"], "method"))
+        raise RecipeError(name, None, name, nearest(name, [*known, "full"], "method"))
     method = known[name]
-    return method.role, _build(method, arguments)
-
-
-def _build(method: type[Method], arguments: str) -> Method:
-    """Make a method from its written arguments."""
-    written: dict[str, str] = {}
-    for argument in _split(arguments, ","):
-        if not argument.strip():
-            continue
-        key, equals, value = argument.partition("=")
-        key, value = key.strip(), value.strip()
-        if not equals or not value or not key.isidentifier():
-            remedy = f"cannot read {argument.strip()!r}: write argument=value"
-            raise RecipeError(method.name, None, argument.strip(), remedy)
-        if key not in parameters(method):
-            raise RecipeError(method.name, key, value, _nearest(key, list(parameters(method)), "argument"))
-        if key in written:
-            raise RecipeError(method.name, key, value, "given twice: leave one out")
-        written[key] = value
-    try:
-        return method(**{key: _value(value) for key, value in written.items()})
-    except RecipeError as error:
-        if error.argument in written:  # show the value as it was written
-            raise RecipeError(error.method, error.argument, written[error.argument], error.remedy) from None
-        raise
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split outside parentheses and quotes."""
-    pieces, depth, quote, start = [], 0, "", 0
-    for i, char in enumerate(text):
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "\"'":
-            quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-        elif char == separator and depth == 0:
-            pieces.append(text[start:i])
-            start = i + 1
-    return [*pieces, text[start:]]
+    return method.role, build(method, arguments)
 
 
 def _split_tier(text: str) -> tuple[str, str | None]:
-    body, *tiers = _split(text, "@")
+    body, *tiers = split(text, "@")
     if len(tiers) > 1:
         raise RecipeError(repr(text), None, text, "names two tiers: write one '@ tier' at the end")
     return body, tiers[0].strip() if tiers else None
@@ -261,9 +207,3 @@ def _refuse_second(role: str, first: Any, second: Any) -> NoReturn:
     }
     names = f"{first.name} and {second.name}"
     raise RecipeError(names, None, names, f"both are {what[role]}; a recipe takes one")
-
-
-def _nearest(name: str, known: Any, what: str) -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
-    return f"there is no {what} {name!r}: {hint}"

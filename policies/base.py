@@ -150,6 +150,16 @@ class View:
         return self._fetch("token_ids")
 
 
+def written(self: Any) -> str:
+    """A dataclass that has a `name` as text: its budget, and what differs from the defaults."""
+    arguments = []
+    for field in dataclasses.fields(self):
+        value = getattr(self, field.name)
+        if field.name == "budget" or value != field.default or type(value) is not type(field.default):
+            arguments.append(f"{field.name}={value!r}")
+    return f"{self.name}({', '.join(arguments)})" if arguments else str(self.name)
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A method in one role of a recipe: a frozen dataclass whose fields are the paper's parameters."""
@@ -169,12 +179,7 @@ class Method(ABC):
         """The same method with so much budget that nothing is given up."""
 
     def __str__(self) -> str:
-        written = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default or type(value) is not type(field.default):
-                written.append(f"{field.name}={value!r}")
-        return f"{self.name}({', '.join(written)})" if written else self.name
+        return written(self)
 
 
 @dataclass(frozen=True)
@@ -346,6 +351,6 @@ def registered() -> dict[str, type[Method]]:
     return dict(_METHODS)
 
 
-def parameters(cls: type[Method]) -> dict[str, Any]:
-    """Parameters of a method and their defaults; `dataclasses.MISSING` where one must be given."""
+def parameters(cls: type[Any]) -> dict[str, Any]:
+    """Parameters of a method, or of another dataclass, and their defaults."""
     return {field.name: field.default for field in dataclasses.fields(cls)}

@@ -74,11 +74,13 @@ class Prompt:
     def read(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read ids [B, n], n > 1 but for the first piece; returns the logits [B, vocabulary] after the last.
 
-        attention_mask [B, read + n] has a column for every token so far.
+        attention_mask [B, read + n] has a column for every token so far; positions count each row's own tokens.
         """
         if ids.shape[1] == 1 and self._read.get_seq_length():
             raise ValueError("one token alone would end the prompt: read it together with those before it")
-        given = {"attention_mask": attention_mask, "past_key_values": self._read, "logits_to_keep": 1}
+        given: dict[str, Any] = {"past_key_values": self._read, "logits_to_keep": 1}
+        if attention_mask is not None:
+            given |= {"attention_mask": attention_mask, "position_ids": own_positions(attention_mask, ids.shape[1])}
         logits: Tensor = self._model(ids, **given).logits
         return logits[:, -1]
 
@@ -96,3 +98,8 @@ class Prompt:
         if made.token_ids is not None and self._read.token_ids is not None:
             made.token_ids.__dict__.update(deepcopy(self._read.token_ids.__dict__))
         return made
+
+
+def own_positions(attention_mask: Tensor, n: int) -> Tensor:
+    """Positions [B, n] of the newest n columns, each row counting its own tokens."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -n:]

@@ -277,6 +277,32 @@ def test_padding_inside_and_after_a_chunk_is_as_if_it_were_not_there(recipe):
             assert all(torch.equal(x, y) for x, y in zip(lone_held, held, strict=True))
 
 
+@pytest.mark.parametrize("recipe", ["full", "h2o(budget=32)", "snapkv(budget=32, window=8)", "oracle(budget=20)"])
+@torch.no_grad()
+def test_columns_that_are_padding_in_every_row(recipe):
+    """A chunk may have more columns than any row has tokens."""
+    model, (ids, _) = tiny_model(), prompts(2, 96, 0)
+    mask = torch.ones_like(ids)
+    mask[0, :80] = 0
+    mask[1, 70:] = 0
+    mask[1, :60] = 0
+    ids = torch.where(mask.bool(), ids, 0)
+    follow = prompts(2, 30, 0, seed=7)[0]
+    cache = kvlib.Cache(model, recipe)
+    outs = []
+    for i in range(31):
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        outs.append(model(ids, attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1])
+        ids, mask = follow[:, i : i + 1], torch.nn.functional.pad(mask, (0, 1), value=1)
+    for row, real in ((0, slice(80, 96)), (1, slice(60, 70))):
+        lone = kvlib.Cache(model, recipe)
+        expected = [model(prompts(2, 96, 0)[0][row : row + 1, real], past_key_values=lone).logits[:, -1]]
+        expected += [model(follow[row : row + 1, i : i + 1], past_key_values=lone).logits[:, -1] for i in range(30)]
+        start = 1 if row else 0  # what padding after a row's last token predicts is nobody's business
+        got = torch.stack(outs, 1)[row : row + 1, start:]
+        torch.testing.assert_close(got, torch.stack(expected, 1)[:, start:], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("recipe", COMPRESSED)
 def test_a_long_row_beside_one_that_fits_the_budget(recipe):
     model, (ids, _) = tiny_model(), prompts(2, 96, 0)
