@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ from kvlib.policies.base import RecipeError, register
 from kvlib.recipe import Recipe, methods
 
 if TYPE_CHECKING:
+    from kvlib.eval import evaluate
     from kvlib.hf import Cache, detach, patch
 
 
-__all__ = ["Cache", "Recipe", "RecipeError", "__version__", "detach", "methods", "patch", "register"]
+__all__ = ["Cache", "Recipe", "RecipeError", "__version__", "detach", "evaluate", "methods", "patch", "register"]
 
 OLDEST_TRANSFORMERS = (5, 17)
 
@@ -31,13 +33,11 @@ def _transformers_problem() -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Cache", "detach", "patch"):
+    if name in ("Cache", "detach", "patch", "evaluate"):
         problem = _transformers_problem()
         if problem:
             raise ImportError(f"kvlib.{name}: {problem}")
-        import kvlib.hf
-
-        return getattr(kvlib.hf, name)
+        return getattr(import_module("kvlib.eval" if name == "evaluate" else "kvlib.hf"), name)
     raise AttributeError(f"module 'kvlib' has no attribute {name!r}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,6 +157,9 @@ def _show(results: Results, out: Path) -> None:
         console.print(table)
     if results.caveat:
         console.print(f"[yellow]{results.caveat}[/]")
+    if find_spec("matplotlib") is None:
+        console.print("no plots: pip install 'kvlib[eval]', then run the same command again")
+        return
     for path in results.plot(out):
         console.print(f"plot: {path}")
 

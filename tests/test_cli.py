@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,14 +38,54 @@ def test_methods_are_listed():
         assert word in done.stdout
 
 
-def test_demo_runs_on_a_given_model_text_and_recipe(tmp_path, text):
+def test_demo_runs_on_a_given_model_and_recipe(tmp_path):
     done = kvlib(
-        *("demo", "--model", MODEL, "--text", text, "--length", 300, "--samples", 2, "--dtype", "float32"),
+        *("demo", "--model", MODEL, "--length", 300, "--samples", 2, "--dtype", "float32"),
         *("--recipe", "full", "--recipe", "snapkv(budget=0.25)", "--out", tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert "snapkv(budget=0.25)" in done.stdout
-    assert (tmp_path / "memory-against-accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "frontier-aware.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 + 4
+
+
+def test_eval_measures_draws_and_goes_on(tmp_path):
+    command = ("eval", "--model", "tiny", "--recipe", "h2o(budget=0.25)", "--lengths", "200,300", "--out", tmp_path)
+    tasks = ("--tasks", "niah, continuation(tokens=4)")
+    done = kvlib(*command, *tasks, "--samples", 2)
+    assert done.returncode == 0, done.stderr
+    assert "oracle(budget=0.25)" in done.stdout and "random(budget=0.25)" in done.stdout
+    assert "no attention sink" in done.stdout.replace("\n", " ")
+    for name in ("frontier-aware", "frontier-agnostic", "depth-niah-aware", "depth-niah-agnostic", "kl"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "answers.jsonl").read_text()
+    assert len(before.splitlines()) == 2 + 2 * 2 * (2 + 1) * 5
+    done = kvlib(*command, *tasks, "--samples", 3, "--aware", "--no-baselines")
+    assert done.returncode == 0, done.stderr
+    after = (tmp_path / "answers.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == len(before.splitlines()) + 2 * (1 + 1)
+    assert kvlib(*command, *tasks, "--seed", 1).returncode == 2
+
+
+def test_tasks_are_listed():
+    done = kvlib("tasks")
+    assert done.returncode == 0, done.stderr
+    for word in ("niah", "multikey(keys=4)", "multivalue", "multiquery", "vt(hops=2)", "copy", "continuation"):
+        assert word in done.stdout
+
+
+def test_an_interrupted_eval_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "kvlib.cli", "eval", "--model", "tiny", "--lengths", "2048", "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    answers = tmp_path / "answers.jsonl"
+    while not answers.exists() or len(answers.read_text().splitlines()) < 3:
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "the same command goes on from there" in out.replace("\n", " ")
 
 
 def test_heads_are_identified_and_used(tmp_path, text):
@@ -53,7 +95,7 @@ def test_heads_are_identified_and_used(tmp_path, text):
     assert done.returncode == 0, done.stderr
     assert "8 heads" in done.stdout
     done = kvlib(
-        *("demo", "--model", MODEL, "--text", text, "--length", 300, "--samples", 1, "--dtype", "float32"),
+        *("demo", "--model", MODEL, "--length", 300, "--samples", 1, "--dtype", "float32"),
         *("--recipe", f"duo_attention(heads='{table}', sink=4, recent=32)", "--out", tmp_path),
     )
     assert done.returncode == 0, done.stderr
@@ -65,7 +107,12 @@ def test_heads_are_identified_and_used(tmp_path, text):
         (("demo", "--recipe", "h20(budget=4)"), ["h2o"]),
         (("demo", "--model", "no/such/folder"), ["no/such/folder", "smollm2"]),
         (("demo", "--model", MODEL, "--text", "missing.txt"), ["missing.txt"]),
-        (("demo", "--model", MODEL, "--length", 100), ["more text"]),
+        (("demo", "--model", MODEL, "--length", 15), ["length 15", "give"]),
+        (("demo", "--model", "tiny", "--text", __file__), ["leave the text out"]),
+        (("eval", "--model", "tiny", "--lengths", "1k"), ["--lengths 1k", "1024,2048"]),
+        (("eval", "--model", "tiny", "--depth", "0.9,0.1"), ["the lower one first"]),
+        (("eval", "--model", "tiny", "--depth", "0.9"), ["two numbers"]),
+        (("eval", "--model", "tiny", "--tasks", "needle"), ["no task 'needle'"]),
         (("demo", "--model", MODEL, "--dtype", "int3"), ["int3", "bfloat16"]),
         (("heads", "identify", "--model", MODEL, "--length", 30), ["greater length"]),
     ],

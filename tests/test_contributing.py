@@ -35,7 +35,9 @@ def test_recipes_in_the_documentation_parse():
         for line in page.read_text().splitlines():
             if "raise" in line or ">>>" in line:
                 continue
-            for text in re.findall(r'`"?((?:h2o|snapkv|streaming_llm|duo_attention|h2o_prefill)\([^`]*?\)[^`"]*)"?`', line):
+            for text in re.findall(
+                r'`"?((?:h2o|snapkv|streaming_llm|duo_attention|h2o_prefill|oracle|random)\([^`]*?\)[^`"]*)"?`', line
+            ):
                 kvlib.Recipe.parse(text)
                 found += 1
     assert found >= 10

@@ -33,7 +33,8 @@ from kvlib.eval.grammar import (
     TRACE,
     WORDS,
 )
-from tests.retrieval import document as needle_document
+from kvlib.eval.language import Synthetic
+from kvlib.eval.tasks import Niah
 
 SCRIPTS = Path(__file__).parents[1] / "bench" / "tiny"
 SHIPPED = Path(__file__).parent / "data" / "tiny_retriever"
@@ -214,8 +215,10 @@ def test_the_circuit_finds_the_answer_untrained(preset):
     shape = presets.PRESETS[preset].shape
     model = circuit.build(shape, 0).eval()
     model.set_attn_implementation("eager")
-    prompts = [needle_document(256, 0.1 + 0.08 * seed, seed) for seed in range(8)]
-    ids = torch.stack([torch.tensor([*ids[0], answer[0]]) for ids, answer in prompts])
+    tokenizer = saving.tokenizer()
+    samples = [Niah().sample(Synthetic(tokenizer), 256, 0, i, (0.1, 0.8)) for i in range(8)]
+    answers = [tokenizer(sample.references[0]).input_ids for sample in samples]
+    ids = torch.tensor([[*s.context, *s.question, a[0]] for s, a in zip(samples, answers, strict=True)])
     first, second, *_ = model(ids, output_attentions=True).attentions
     for head, offset in ((0, 1), (1, 2)):
         assert first[:, head].diagonal(-offset, 1, 2).mean() > 0.99

@@ -127,7 +127,7 @@ def _check(samples: int, lengths: Sequence[int], questions: Sequence[str], depth
         raise ValueError(f"lengths={list(lengths)}: give prompt lengths in tokens, such as 1024,2048")
     if not questions or set(questions) - set(QUESTIONS):
         raise ValueError(f"questions={list(questions)}: give 'aware', 'agnostic' or both")
-    if not 0 <= depths[0] <= depths[1] <= 1:
+    if len(depths) != 2 or not 0 <= depths[0] <= depths[1] <= 1:
         raise ValueError(f"depths={depths}: give two numbers from 0 to 1, the lower one first")
 
 

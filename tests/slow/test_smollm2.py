@@ -7,7 +7,9 @@ import torch
 from transformers import DynamicCache
 
 import kvlib
-from kvlib import demo, smollm2
+from kvlib import smollm2
+from kvlib.eval import evaluate
+from kvlib.eval.language import default_text
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +21,7 @@ def model_and_tokenizer():
 
 @pytest.fixture(scope="module")
 def prompt(model_and_tokenizer):
-    return model_and_tokenizer[1](demo.default_text(), return_tensors="pt").input_ids[:, :2048]
+    return model_and_tokenizer[1](default_text(), return_tensors="pt").input_ids[:, :2048]
 
 
 @pytest.mark.parametrize("recipe", ["h2o(budget=0.25)", "h2o_prefill(budget=0.25)", "snapkv(budget=0.25)"])
@@ -54,10 +56,15 @@ def test_a_full_step_is_no_slower_than_the_stock_cache(model_and_tokenizer, prom
 
 def test_real_text_full_and_duo_attention_answer_streaming_does_not(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    asked = demo.questions(tokenizer, demo.default_text(), 1024, 4)
-    recipes = ("full", "duo_attention(sparsity=0.5)", "streaming_llm(sink=4, recent=60)")
-    full, duo, streaming = demo.run(model, tokenizer, recipes, asked)
-    assert full.right == 4
-    assert duo.right >= 3
-    assert streaming.right == 0
-    assert duo.nbytes < 0.75 * full.nbytes
+    recipes = ["full", "duo_attention", "streaming_llm(recent=60)"]
+    fixed = {"baselines": False, "questions": ["aware"], "depths": (0.05, 0.85), "batch": 4}
+    results = evaluate(model, recipes, "niah, continuation(tokens=16)", [1024], 4, tokenizer=tokenizer, **fixed)
+    needle = {cell.recipe: cell for cell in results.cells() if cell.task == "niah"}
+    assert needle["full"].value == 1
+    assert needle["duo_attention"].value >= 0.75
+    assert needle["streaming_llm(recent=60)"].value == 0
+    assert needle["duo_attention"].held < 0.75 * needle["full"].held
+    text = {cell.recipe: cell for cell in results.cells() if cell.task != "niah"}
+    assert text["full"].kl == 0
+    assert text["duo_attention"].kl < text["streaming_llm(recent=60)"].kl
+    assert text["full"].value < 40  # perplexity of a model that reads English
