@@ -12,9 +12,9 @@ import torch
 
 TINY = Path(__file__).parent / "tiny_retriever"
 TINY_CAVEAT = (
-    "tiny: trained to 4,096 tokens; part of its retrieval circuit is laid by construction, it has no attention sink, key "
-    "statements are salient to it before they are asked for, and it is weak at multi-value lists; claims about sinks and question-agnostic "
-    "compression need another model"
+    "tiny: trained to 4,096 tokens; part of its retrieval circuit is laid by construction, it has no attention sink, "
+    "key statements are salient to it before they are asked for, and it is weak at multi-value lists; claims about sinks "
+    "and question-agnostic compression need another model"
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
