@@ -181,6 +181,12 @@ class English:
         return np.array(self.encode(self._source))
 
     @cached_property
+    def _first(self) -> list[int]:
+        """The token that this tokenizer starts every text with, if it does."""
+        ids: list[int] = self._tokenizer("a").input_ids[:1]
+        return ids if ids == [self._tokenizer.bos_token_id] else []
+
+    @cached_property
     def _breaks(self) -> np.ndarray:
         """Indices where a sentence or line starts."""
         pieces = self._tokenizer.batch_decode(np.unique(self._ids)[:, None].tolist())
@@ -199,10 +205,11 @@ class English:
         if self._tokenizer.chat_template:
             chat = [{"role": "user", "content": request}]
             whole = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            first = []  # the template has its own
         else:
-            whole = f"{self._tokenizer.bos_token or ''}{request}\n"
+            whole, first = f"{request}\n", self._first
         before, after = whole.split(SENTINEL)
-        return self.encode(before), self.encode(after + question.begin)
+        return [*first, *self.encode(before)], self.encode(after + question.begin)
 
     def haystack(self, rng: np.random.Generator, tokens: int) -> list[list[int]]:
         """A stretch of the text from the start of a sentence on, in sentences and lines."""
@@ -211,9 +218,7 @@ class English:
 
     def text(self, rng: np.random.Generator, tokens: int) -> list[int]:
         """A stretch of the text."""
-        bos = self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else None
-        first = [] if bos is None else [bos]
-        return [*first, *self._stretch(rng, tokens - len(first))[0].tolist()]
+        return [*self._first, *self._stretch(rng, tokens - len(self._first))[0].tolist()]
 
     def _stretch(self, rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         if tokens > len(self._ids):

@@ -31,8 +31,9 @@ class Letters:
     chat_template = None
     bos_token, bos_token_id = "<", ord("<")
 
-    def __call__(self, text, add_special_tokens=False):
-        return type("Encoding", (), {"input_ids": [ord(char) for char in text]})
+    def __call__(self, text, add_special_tokens=True):
+        start = self.bos_token if add_special_tokens else ""
+        return type("Encoding", (), {"input_ids": [ord(char) for char in start + text]})
 
     def batch_decode(self, rows):
         return ["".join(map(chr, row)) for row in rows]
