@@ -20,7 +20,7 @@ import transformers
 from transformers import DynamicCache
 
 import kvlib
-from kvlib import smollm2
+from kvlib.eval import load
 from kvlib.eval.language import default_text
 from kvlib.segment import Tail
 
@@ -127,7 +127,7 @@ def main():
     torch.set_grad_enabled(False)
     results = []
     for kind in options.dtypes.split(","):
-        model, tokenizer = smollm2.load(getattr(torch, kind))
+        model, tokenizer = load("smollm2", kind)
         text = tokenizer(default_text(), return_tensors="pt").input_ids
         for length in map(int, options.lengths.split(",")):
             for row in measure(model, text[:, :length], options.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,8 +66,8 @@ def demo(
         seed=seed,
     )
     _show(results, out)
-    results.save(out / "answers.jsonl")
-    console.print(f"answers: {out / 'answers.jsonl'}")
+    results.save(out / "demo.jsonl")  # not answers.jsonl: that may be an evaluation's
+    console.print(f"answers: {out / 'demo.jsonl'}")
 
 
 @app.command(name="eval")
@@ -135,6 +136,7 @@ def _evaluate(
 ) -> Results:
     from kvlib.eval import run
 
+    _quiet()
     with _progress(show_count=False) as progress:
         bar = progress.add_task(f"loading {model}", total=None)
 
@@ -150,6 +152,14 @@ def _evaluate(
             kept = "; the same command goes on from there" if more.get("out") else ""
             console.print(f"[yellow]stopped{kept}[/]")
             raise typer.Exit(130) from None
+
+
+def _quiet() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _show(results: Results, out: Path) -> None:
@@ -188,6 +198,7 @@ def identify(
     from kvlib.eval import load
     from kvlib.eval.language import default_text
 
+    _quiet()
     training = identification.Training(steps=steps, length=length, passkeys=passkeys, words=words, seed=seed)
     try:
         loaded, tokenizer = load(model, "float32")

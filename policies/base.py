@@ -36,7 +36,7 @@ class RecipeError(ValueError):
 def check_whole(method: str, argument: str, value: object, least: int = 0) -> None:
     """Raise RecipeError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RecipeError(method, argument, value, f"give a whole number of tokens, {least} or more")
+        raise RecipeError(method, argument, value, f"give a whole number, {least} or more")
 
 
 def check_flag(method: str, argument: str, value: object) -> None:

@@ -46,7 +46,8 @@ def test_demo_runs_on_a_given_model_and_recipe(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "snapkv(budget=0.25)" in done.stdout
     assert (tmp_path / "frontier-aware.png").read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 + 4
+    assert len((tmp_path / "demo.jsonl").read_text().splitlines()) == 2 + 4
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_eval_measures_draws_and_goes_on(tmp_path):
@@ -64,7 +65,7 @@ def test_eval_measures_draws_and_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     after = (tmp_path / "answers.jsonl").read_text()
     assert after.startswith(before)
-    assert len(after.splitlines()) == len(before.splitlines()) + 2 * (1 + 1)
+    assert len(after.splitlines()) == len(before.splitlines()) + 1 + 2 * (1 + 1)
     assert kvlib(*command, *tasks, "--seed", 1).returncode == 2
 
 

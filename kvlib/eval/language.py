@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvlib.eval import grammar
+from kvlib.eval.provenance import digest
 
 ADJECTIVES = "amber brave calm dusty eager faint gentle hollow icy jolly keen lively mellow noble odd plain".split()
 NOUNS = "anchor basket candle dagger engine feather garden hammer island jacket kettle lantern mirror needle".split()
@@ -40,6 +41,13 @@ class Language(Protocol):
 
     spare: int  # tokens per reference that an answer may be longer than the right one
 
+    @property
+    def digest(self) -> str:
+        """A hash of the text."""
+
+    def check(self, tokens: int) -> None:
+        """Raise ValueError where there are not so many tokens of text."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
 
@@ -55,11 +63,14 @@ class Language(Protocol):
     def names(self, rng: np.random.Generator, count: int) -> list[str]:
         """Different names."""
 
+    def variables(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Different names that are more than a token each, but for the one an answer begins with."""
+
     def words(self, rng: np.random.Generator, count: int) -> list[str]:
         """Words without order."""
 
     def number(self, rng: np.random.Generator) -> str:
-        """A value."""
+        """A value of more than one token."""
 
     def needle(self, name: str, number: str) -> str:
         """The statement that gives a name its number."""
@@ -94,6 +105,14 @@ class Synthetic:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
 
+    @property
+    def digest(self) -> str:
+        """Of the words; the text follows from seeds."""
+        return digest(" ".join(grammar.vocabulary()).encode())
+
+    def check(self, tokens: int) -> None:
+        """There is always more."""
+
     @staticmethod
     def spoken_by(tokenizer: Any) -> bool:
         """Whether this tokenizer has the grammar's words in the grammar's places."""
@@ -122,6 +141,8 @@ class Synthetic:
     def names(self, rng: np.random.Generator, count: int) -> list[str]:
         """Names of the grammar."""
         return _words(rng, _of(grammar.NAMES), count, "names")
+
+    variables = names  # the answer's first name is not among the references
 
     def words(self, rng: np.random.Generator, count: int) -> list[str]:
         """Filler words, each drawn alone."""
@@ -176,6 +197,16 @@ class English:
     def __init__(self, tokenizer: Any, text: str):
         self._tokenizer, self._source = tokenizer, text
 
+    @property
+    def digest(self) -> str:
+        """Of the haystack."""
+        return digest(self._source.encode())
+
+    def check(self, tokens: int) -> None:
+        """Raise ValueError where the haystack is shorter."""
+        if tokens > len(self._ids):
+            raise ValueError(f"the text has {len(self._ids)} tokens and {tokens} are needed: give a longer text")
+
     @cached_property
     def _ids(self) -> np.ndarray:
         return np.array(self.encode(self._source))
@@ -188,10 +219,13 @@ class English:
 
     @cached_property
     def _breaks(self) -> np.ndarray:
-        """Indices where a sentence or line starts."""
-        pieces = self._tokenizer.batch_decode(np.unique(self._ids)[:, None].tolist())
-        ends = [bool(p.rstrip(" ")) and p.rstrip(" ")[-1] in ".\n!?" for p in pieces]
-        found: np.ndarray = np.flatnonzero(np.isin(self._ids, np.unique(self._ids)[ends])) + 1
+        """Indices where a sentence or line starts: after a line's end, or a full stop and before a space."""
+        kinds, kind = np.unique(self._ids, return_inverse=True)
+        pieces = [self._tokenizer.decode([token]) for token in kinds.tolist()]
+        line = np.array([piece.rstrip(" ").endswith(("\n", "\u3002", "\uff01", "\uff1f")) for piece in pieces])[kind]
+        stop = np.array([piece.endswith((".", "!", "?")) for piece in pieces])[kind]
+        space = np.array([piece[:1].isspace() for piece in pieces])[kind]
+        found: np.ndarray = np.flatnonzero(line[:-1] | (stop[:-1] & space[1:])) + 1
         return found
 
     def encode(self, text: str) -> list[int]:
@@ -221,8 +255,7 @@ class English:
         return [*self._first, *self._stretch(rng, tokens - len(self._first))[0].tolist()]
 
     def _stretch(self, rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        if tokens > len(self._ids):
-            raise ValueError(f"the text has {len(self._ids)} tokens and {tokens} are needed: give a longer text")
+        self.check(tokens)
         starts = self._breaks[self._breaks <= len(self._ids) - tokens]
         start = int(rng.choice(starts)) if len(starts) else int(rng.integers(0, len(self._ids) - tokens + 1))
         breaks = self._breaks[(self._breaks > start) & (self._breaks < start + tokens)] - start
@@ -233,14 +266,19 @@ class English:
         pool = CITIES if count <= len(CITIES) else [f"{a} {b}" for a in ADJECTIVES for b in NOUNS]
         return _words(rng, pool, count, "names")
 
+    def variables(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Pairs of words."""
+        return _words(rng, [f"{a} {b}" for a in ADJECTIVES for b in NOUNS], count, "variables")
+
     def words(self, rng: np.random.Generator, count: int) -> list[str]:
         """Nouns and adjectives, each drawn alone."""
         pool = ADJECTIVES + NOUNS
         return [pool[i] for i in rng.integers(0, len(pool), count)]
 
     def number(self, rng: np.random.Generator) -> str:
-        """Four digits."""
-        return str(rng.integers(1000, 10000))
+        """Four digits, or seven where a tokenizer has one token for four."""
+        number = str(rng.integers(1000, 10000))
+        return number if len(self.encode(f" {number}")) > 1 else str(rng.integers(10**6, 10**7))
 
     def needle(self, name: str, number: str) -> str:
         """A magic number."""

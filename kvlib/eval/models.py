@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -35,9 +33,6 @@ def load(model: str, dtype: str = "auto") -> tuple[Any, Any]:
         raise ValueError(f"dtype={dtype}: give {', '.join(DTYPES)} or auto")
     if model not in ("smollm2", "tiny") and not Path(model).is_dir():
         raise ValueError(f"model {model}: no such folder; give 'smollm2', 'tiny' or the path of a transformers model")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = smollm2.weights() if model == "smollm2" else TINY if model == "tiny" else Path(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -46,15 +41,6 @@ def load(model: str, dtype: str = "auto") -> tuple[Any, Any]:
         kind = DTYPES[dtype]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval().to(device)
     return loaded, transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def fingerprint(model: Any) -> str:
-    """A short hash of a model's weights (the first 256 values of each), to tell models of one name apart."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def faster_dtype() -> torch.dtype:

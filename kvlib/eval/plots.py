@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +16,35 @@ from kvlib.notation import read_call, split
 from kvlib.policies.base import registered
 
 DEPTHS = 5  # bands of a heat map
+TICKS = {1.5625: "1.6", 3.125: "3.1", 6.25: "6¼", 12.5: "12½", 25.0: "25", 50.0: "50", 100.0: "100"}
 
 
 def plot(results: Results, folder: Path) -> list[Path]:
     """Draw everything there is data for; returns the paths of the PNGs."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     cells = results.cells()
-    drawn = []
+    drawn = {}
     for kind in dict.fromkeys(cell.question for cell in cells if cell.question):
-        drawn.append(
-            _save(_frontier(results, [c for c in cells if c.question == kind], kind), folder / f"frontier-{kind}.png")
-        )
-        drawn += [_save(figure, folder / f"depth-{task}-{kind}.png") for task, figure in _heat_maps(results, kind)]
-    continued = [cell for cell in cells if cell.kl is not None]
-    if continued:
-        drawn.append(_save(_distances(results, continued), folder / "kl.png"))
-    return drawn
+        drawn[f"frontier-{kind}"] = _frontier(results, [c for c in cells if c.question == kind], kind)
+        for task in dict.fromkeys(a.task for a in results.answers if a.question == kind and len(a.depths) == 1):
+            drawn[f"depth-{_slug(task)}-{kind}"] = _heat_map(results, task, kind)
+    continued = list(dict.fromkeys(cell.task for cell in cells if cell.kl is not None and cell.recipe != "full"))
+    for task in continued:
+        name = "kl" if len(continued) == 1 else f"kl-{_slug(task)}"
+        drawn[name] = _distances(results, [cell for cell in cells if cell.task == task])
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+    return [folder / f"{name}.png" for name in drawn]
 
 
 def _frontier(results: Results, cells: list[Cell], kind: str) -> Any:
     """Accuracy against bytes held: a panel per task and length, a line per method.  Selectors hold everything: they stand,
     hollow, where they read."""
-    from matplotlib import pyplot as plt
-
-    tasks, lengths = (list(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in ("task", "length"))
+    tasks, lengths = list(dict.fromkeys(cell.task for cell in cells)), sorted({cell.length for cell in cells})
     families = list(dict.fromkeys(_family(cell.recipe) for cell in cells if cell.recipe != "full"))
-    size = (3.1 * len(tasks) + 2.6, 2.6 * len(lengths) + 1.1)
-    figure, axes = plt.subplots(len(lengths), len(tasks), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    figure = _figure(max(6.5, 3.1 * len(tasks)), 2.6 * len(lengths) + 1.6)
+    axes = figure.subplots(len(lengths), len(tasks), squeeze=False, sharex=True, sharey=True)
+    shares = [_share(cell) for cell in cells]
     for (row, column), panel in np.ndenumerate(axes):
         here = [c for c in cells if (c.length, c.task) == (lengths[row], tasks[column])]
         for cell in here:
@@ -52,19 +53,18 @@ def _frontier(results: Results, cells: list[Cell], kind: str) -> Any:
         for i, family in enumerate(families):
             line = sorted((c for c in here if _family(c.recipe) == family), key=_share)
             if line:
-                _draw_line(panel, line, family, f"C{i % 10}", "os^vDP*Xph"[i // 10 % 10])
-        panel.set_xscale("log", base=2)
-        panel.set_xlim(3, 120)
-        panel.set_xticks([6.25, 12.5, 25, 50, 100], ["6¼", "12½", "25", "50", "100"])
-        panel.set_ylim(-4, 104)
-        panel.grid(alpha=0.3)
+                _draw_line(panel, line, family, f"C{i % 10}", "os^vDP*Xph"[i % 10])
         panel.set_title(f"{tasks[column]}, {lengths[row]:,} tokens", fontsize=9)
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_xticks(list(TICKS), list(TICKS.values()))
+    axes[0, 0].set_xlim(0.8 * min(shares), 1.25 * max(100.0, *shares))
+    axes[0, 0].set_ylim(-4, 104)
     figure.supxlabel("KV bytes held, % of full (hollow: tokens read, %)", fontsize=10)
     figure.supylabel("answers right, %, and 95 % interval", fontsize=10)
-    handles = {
-        label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    handles = {name: handle for panel in axes.flat for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.4)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=columns)
     return _titled(figure, results, f"What each recipe still knows: {ASKED[kind]}")
 
 
@@ -73,83 +73,72 @@ def _draw_line(panel: Any, line: list[Cell], label: str, color: str, marker: str
     error = np.array([[100 * (c.value - c.low) for c in line], [100 * (c.high - c.value) for c in line]]).clip(min=0)
     hollow = {"markerfacecolor": "white"} if _selects(line[0].recipe) else {}
     x = [_share(cell) for cell in line]
-    panel.errorbar(
-        x, value, error, color=color, marker=marker, markersize=5, linewidth=1.2, elinewidth=0.5, label=label, **hollow
-    )
+    style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.2, "elinewidth": 0.5, **hollow}
+    panel.errorbar(x, value, error, label=label, **style)
 
 
-def _heat_maps(results: Results, kind: str) -> list[tuple[str, Any]]:
-    """Accuracy by length and needle depth, a panel per recipe, for each task about a single statement."""
-    from matplotlib import pyplot as plt
-
-    found = []
-    answers = [a for a in results.answers if a.question == kind and len(a.depths) == 1]
-    for task in dict.fromkeys(a.task for a in answers):
-        asked = [a for a in answers if a.task == task]
-        lengths = sorted({a.length for a in asked})
-        recipes = list(dict.fromkeys(a.recipe for a in asked))
-        columns = min(5, len(recipes))
-        rows = -(-len(recipes) // columns)
-        size = (2.5 * columns + 1, 1.9 * rows + 0.9)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
-        )
-        for panel in axes.flat[len(recipes) :]:
-            panel.set_visible(False)
-        image = None
-        for panel, recipe in zip(axes.flat, recipes, strict=False):
-            grid = np.full((DEPTHS, len(lengths)), np.nan)
-            for (band, column), _ in np.ndenumerate(grid):
-                scores = [
-                    a.score
-                    for a in asked
-                    if a.recipe == recipe
-                    and a.length == lengths[column]
-                    and min(DEPTHS - 1, int(a.depths[0] * DEPTHS)) == band
-                ]
-                grid[band, column] = np.mean([s for s in scores if s is not None]) if scores else np.nan
-            image = panel.imshow(100 * grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-            panel.set_title(recipe, fontsize=7)
-            panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
-            panel.set_yticks(range(DEPTHS), [f"{(2 * i + 1) * 50 // DEPTHS} %" for i in range(DEPTHS)], fontsize=7)
-        figure.colorbar(image, ax=axes, label="answers right, %", shrink=0.8)
-        figure.supxlabel("prompt tokens", fontsize=9)
-        figure.supylabel("needle depth", fontsize=9)
-        found.append((re.sub(r"\W+", "-", task).strip("-"), _titled(figure, results, f"{task}: {ASKED[kind]}")))
-    return found
+def _heat_map(results: Results, task: str, kind: str) -> Any:
+    """Accuracy by length and needle depth, a panel per recipe."""
+    reads = {(c.recipe, c.length): c.read for c in results.cells() if (c.task, c.question) == (task, kind)}
+    scores: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for a in results.answers:
+        if (a.task, a.question) == (task, kind) and a.score is not None:
+            band = min(DEPTHS - 1, int(a.depths[0] * DEPTHS))
+            panels = scores.setdefault(_label(a.recipe, reads[a.recipe, a.length]), {})
+            panels.setdefault((band, a.length), []).append(a.score)
+    lengths = sorted({length for _, length in reads})
+    columns = min(5, len(scores))
+    rows = -(-len(scores) // columns)
+    figure = _figure(2.5 * columns + 1.5, 1.9 * rows + 1.1)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for panel in axes.flat[len(scores) :]:
+        panel.set_visible(False)
+    image = None
+    for panel, (label, found) in zip(axes.flat, scores.items(), strict=False):
+        grid = np.full((DEPTHS, len(lengths)), np.nan)
+        for (band, length), values in found.items():
+            grid[band, lengths.index(length)] = 100 * np.mean(values)
+        image = panel.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        panel.set_title("\n".join(textwrap.wrap(label, 36)), fontsize=7)
+        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+        panel.set_yticks(range(DEPTHS), [f"{(2 * i + 1) * 50 // DEPTHS} %" for i in range(DEPTHS)], fontsize=7)
+    figure.colorbar(image, ax=axes, label="answers right, %", shrink=0.8)
+    figure.supxlabel("prompt tokens", fontsize=9)
+    figure.supylabel("needle depth", fontsize=9)
+    return _titled(figure, results, f"{task}: {ASKED[kind]}")
 
 
 def _distances(results: Results, cells: list[Cell]) -> Any:
     """KL from the full cache's predictions, a bar per recipe and length, with the perplexity written beside it."""
-    from matplotlib import pyplot as plt
-
     lengths = sorted({cell.length for cell in cells})
-    recipes = list(dict.fromkeys(cell.recipe for cell in cells if cell.recipe != "full"))
-    size = (9, 0.2 * len(recipes) * len(lengths) + 0.12 * len(recipes) + 1.8)
-    figure, panel = plt.subplots(figsize=size, layout="constrained")
+    rows: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.recipe != "full":
+            rows.setdefault(_label(cell.recipe, cell.read), []).append(cell)
+    figure = _figure(9, 0.16 * len(rows) * len(lengths) + 0.1 * len(rows) + 2)
+    panel = figure.subplots()
     height = 0.8 / len(lengths)
     for i, length in enumerate(lengths):
-        full = [cell for cell in cells if cell.recipe == "full" and cell.length == length]
-        for cell in (c for c in cells if c.length == length and c.recipe != "full"):
-            y = recipes.index(cell.recipe) + (i - (len(lengths) - 1) / 2) * height
-            kl = max(cell.kl or 0.0, 1e-6)
-            panel.barh(y, kl, height, color=f"C{i}", xerr=min(cell.kl_error, 0.999 * kl), error_kw={"elinewidth": 0.6})
-            panel.annotate(
-                f" {cell.value:.1f}",
-                (kl + cell.kl_error, y),
-                fontsize=6,
-                va="center",
-                xytext=(2, 0),
-                textcoords="offset points",
-            )
-        panel.barh(0, 0, color=f"C{i}", label=f"{length:,} tokens" + (f", full: {full[0].value:.1f}" if full else ""))
-    panel.set_yticks(range(len(recipes)), recipes, fontsize=7)
+        full = [f", full: {cell.value:.1f}" for cell in cells if cell.recipe == "full" and cell.length == length]
+        panel.barh(0, 0, color=f"C{i}", label=f"{length:,} tokens" + "".join(full))
+        for row, found in enumerate(rows.values()):
+            for cell in (cell for cell in found if cell.length == length):
+                y, kl = row + (i - (len(lengths) - 1) / 2) * height, max(cell.kl or 0.0, 1e-6)
+                error = 0.0 if math.isnan(cell.kl_error) else cell.kl_error
+                arms = [[min(error, 0.99 * kl)], [error]]  # a logarithmic axis ends above zero
+                panel.barh(y, kl, height, color=f"C{i}", xerr=arms, error_kw={"elinewidth": 0.6})
+                panel.annotate(f" {cell.value:.1f}", (kl + error, y), fontsize=6, va="center")
+    panel.set_yticks(range(len(rows)), list(rows), fontsize=7)
     panel.invert_yaxis()
     panel.set_xscale("log")
     panel.grid(alpha=0.3, axis="x")
     panel.set_xlabel("KL(full || recipe), nats per token, and 95 % interval; perplexity beside the bars")
-    panel.legend(fontsize=8, loc="lower right")
-    return _titled(figure, results, "Distance from the full cache's predictions")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(lengths))
+    return _titled(figure, results, f"{cells[0].task}: distance from the full cache's predictions")
+
+
+def _slug(task: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", task).strip("-")
 
 
 def _share(cell: Cell) -> float:
@@ -162,24 +151,26 @@ def _family(recipe: str) -> str:
     return re.sub(r",\s*\)", ")", bare).replace("()", "")
 
 
+def _label(recipe: str, read: float) -> str:
+    """A window is written in tokens, which differ between lengths: its share of them does not."""
+    return f"streaming_llm, {100 * read:.0f} % read" if recipe.startswith("streaming_llm") and "+" not in recipe else recipe
+
+
 def _selects(recipe: str) -> bool:
     """Whether a recipe reads less than it holds."""
-    methods = [
-        registered().get(read_call(term.strip(), recipe)[0]) for term in split(recipe, "+") if "=" not in term.split("(")[0]
-    ]
+    terms = [term.strip() for term in split(recipe, "+") if "=" not in term.split("(")[0]]
+    methods = [registered().get(read_call(term, recipe)[0]) for term in terms]
     return any(method is not None and method.role == "select" for method in methods)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _titled(figure: Any, results: Results, title: str) -> Any:
     figure.suptitle(f"{title} ({results.settings.get('model')}, {results.settings.get('dtype')})", fontsize=11)
-    if results.caveat:
-        figure.text(0.005, -0.005, results.caveat, fontsize=6, va="top", color="dimgrey")
+    caveat = "\n".join(textwrap.wrap(results.caveat, int(16 * figure.get_figwidth())))
+    figure.text(0.005, -0.005, caveat, fontsize=6, va="top", color="dimgrey")
     return figure
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return path

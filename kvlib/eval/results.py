@@ -5,10 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
-import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +15,20 @@ from kvlib.eval.models import TINY_CAVEAT
 if TYPE_CHECKING:
     from rich.table import Table
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Answer:
     """What one recipe did with one sample.
 
+    prompt: a hash of the sample's ids.  run: which of the runs found it.
     question: "aware" (the question is part of the prompt when the recipe compresses), "agnostic" (it comes after), or ""
     where nothing is asked.  score: share of the references in the answer.  nll, kl, agreement: means over a continuation of
     the negative log-likelihood (nats), KL(full || recipe) (nats) and top-1 agreement with the full cache.
-    nbytes, full_nbytes: bytes held at the end, and of all keys and values.  read: share of the tokens seen that a query
-    attends.  prefill_s is shared by recipes that share a prompt.
+    nbytes, full_nbytes: bytes held at the end, and of all keys and values, in layers that kvlib keeps.  read: share of the
+    tokens seen that a query attends there.  depths: where in the haystack the asked statements stand, 0..1.  read_s, own_s:
+    seconds for reading the prompt, shared by recipes that share it, and for all that follows.
     """
 
     recipe: str
@@ -36,11 +36,13 @@ class Answer:
     length: int
     question: str
     sample: int
+    prompt: str
     nbytes: int
     full_nbytes: int
     read: float
-    prefill_s: float
-    decode_s: float
+    read_s: float
+    own_s: float
+    run: int = 0
     answer: str = ""
     references: tuple[str, ...] = ()
     depths: tuple[float, ...] = ()
@@ -70,8 +72,8 @@ class Answer:
 class Cell:
     """All answers of a recipe to one task at one length: a mean and its 95 % interval.
 
-    value is the mean score, or the perplexity for a continuation, whose kl and agreement are means too.
-    held, read: bytes held and tokens attended, as shares of those of the full cache.
+    value is the mean score, or the perplexity for a continuation, whose kl and agreement are means too; the interval of a
+    single continuation is nan.  held, read: bytes held and tokens attended, as shares of those of the full cache.
     """
 
     recipe: str
@@ -91,7 +93,7 @@ class Cell:
 
 @dataclass
 class Results:
-    """An evaluation: `settings` that decide what was asked, `runs` (machine, versions, command) and `answers`."""
+    """An evaluation: `settings` that decide the samples, `runs` (versions, machine, what was asked) and `answers`."""
 
     settings: dict[str, Any]
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -135,83 +137,71 @@ class Results:
         Raises ValueError for a file of another kind.
         """
         results = cls({})
-        for i, line in enumerate(_whole_lines(Path(path))):
+        first, *rest = _whole_lines(Path(path)) or [""]
+        if first.startswith('{"settings": {"format": '):
+            results.settings = json.loads(first)["settings"]
+        if results.settings.get("format") != FORMAT:
+            raise ValueError(f"{path} is not an evaluation of format {FORMAT}: give another path")
+        for line in rest:
             row = json.loads(line)
-            if i == 0 and row.get("settings", {}).get("format") != FORMAT:
-                raise ValueError(f"{path} is not an evaluation of format {FORMAT}: give another path")
-            if "settings" in row:
-                results.settings = row["settings"]
-            elif "run" in row:
-                results.runs.append(row["run"])
-            else:
+            if "recipe" in row:
                 results.answers.append(Answer.from_json(row))
+            else:
+                results.runs.append(row["run"])
         return results
 
 
 class Journal:
-    """The file an evaluation writes while it runs, so that it can be interrupted and go on."""
+    """The file an evaluation writes while it runs, so that it can be interrupted and go on; without a path, memory."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], run: dict[str, Any]):
-        """Open `path`, or begin it.  Raises ValueError where it was written under other settings."""
+    def __init__(self, path: Path | None):
+        """Read what `path` holds, if anything.  Raises ValueError where that is not an evaluation."""
         self.path = path
-        if path.is_file() and _whole_lines(path):
-            results = Results.load(path)
-            _check(results.settings, settings, path)
-            text = "".join(line + "\n" for line in _whole_lines(path))
-            if text != path.read_text():  # a line was cut off
-                path.write_text(text)
-            self.results = results
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
-            self.results = Results(settings)
-            self._write({"settings": settings})
-        self._run = run
+        self.results = Results({}) if path is None or not path.is_file() else Results.load(path)
+        self._pending: list[dict[str, Any]] = []
 
-    def add(self, answers: Iterable[Answer]) -> None:
-        """Append answers; the first of a run are preceded by what is known of the run."""
-        found = list(answers)
-        if found and self._run not in self.results.runs:
-            self.results.runs.append(self._run)
-            self._write({"run": self._run})
-        self._write(*(answer.to_json() for answer in found))
-        self.results.answers += found
+    def begin(self, settings: dict[str, Any], run: dict[str, Any], sources: dict[str, str]) -> None:
+        """A run begins; nothing is written before its first answers.
 
-    def _write(self, *rows: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        sources: a hash of what each recipe does.  Raises ValueError where what is known was found under other settings or
+        by recipes that have changed since.
+        """
+        known = self.results
+        for name in {**known.settings, **settings} if known.answers else ():
+            if known.settings.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{self.path} was written with {name}={known.settings.get(name)!r}, this is "
+                    f"{name}={settings.get(name)!r}: give another folder, or the same settings to go on"
+                )
+        for earlier in known.runs:
+            for recipe, source in earlier.get("sources", {}).items():
+                if sources.get(recipe, source) != source:
+                    raise ValueError(
+                        f"{recipe} has changed since it answered in {self.path} (its code or a file it reads): give "
+                        "another folder"
+                    )
+        if not known.answers:
+            known.settings, known.runs = settings, []
+        self._pending = [] if known.answers else [{"settings": settings}]
+        self._pending.append({"run": {**run, "sources": sources}})
 
-
-class Memory(Journal):
-    """A journal that is not written anywhere."""
-
-    def __init__(self, settings: dict[str, Any], run: dict[str, Any]):
-        self.results, self._run = Results(settings), run
-
-    def _write(self, *rows: dict[str, Any]) -> None:
-        pass
-
-
-def this_run(model: Any) -> dict[str, Any]:
-    """Versions and machine."""
-    import torch
-    import transformers
-
-    from kvlib._version import __version__
-
-    machine = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [x.split(":", 1)[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        machine = names[0] if names else machine
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    versions = {"kvlib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        **versions,
-        "device": device,
-        "machine": f"{machine}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-    }
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Append answers of the run that began."""
+        if self._pending:
+            known = self.results
+            known.runs.append(self._pending[-1]["run"])
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                whole = sum(len(line.encode()) + 1 for line in _whole_lines(self.path)) if self.path.exists() else 0
+                with self.path.open("ab") as file:  # what follows the last whole line was cut off
+                    file.truncate(whole if known.answers else 0)
+        numbered = [replace(answer, run=len(self.results.runs) - 1) for answer in answers]
+        rows = [*self._pending, *(answer.to_json() for answer in numbered)]
+        self._pending = []
+        self.results.answers += numbered
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -243,9 +233,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _error(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean, by the normal approximation."""
+    """Half of the 95 % interval of a mean, by the normal approximation; nan for a single value."""
     if len(values) < 2:
-        return 0.0
+        return math.nan
     mean = _mean(values)
     return 1.96 * math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values))
 
@@ -253,12 +243,3 @@ def _error(values: Sequence[float]) -> float:
 def _whole_lines(path: Path) -> list[str]:
     text = path.read_bytes()
     return (gzip.decompress(text) if path.suffix == ".gz" else text).decode().split("\n")[:-1]
-
-
-def _check(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    for name in {**old, **new}:
-        if old.get(name) != new.get(name):
-            raise ValueError(
-                f"{path} was written with {name}={old.get(name)!r}, this is {name}={new.get(name)!r}: give another folder, "
-                "or the same settings to go on"
-            )

@@ -11,6 +11,7 @@ continuation no question: perplexity of the text that follows, and distance from
 
 from __future__ import annotations
 
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from kvlib.notation import build, nearest, read_call, split
 from kvlib.policies.base import RecipeError, check_whole, written
 
 _GOLDEN = 0.6180339887498949
+FAR = 64  # tokens a statement may stand off its place to stand between sentences
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Sample:
     depths: tuple[float, ...] = ()
     tokens: int = 0
 
+    @property
+    def digest(self) -> str:
+        """A hash of its ids."""
+        return f"{zlib.crc32(np.array([*self.context, -1, *self.question]).tobytes()):08x}"
+
 
 @dataclass(frozen=True)
 class Task(ABC):
@@ -63,11 +70,15 @@ class Task(ABC):
 
     @abstractmethod
     def sample(self, language: Language, length: int, seed: int, index: int, depths: tuple[float, float]) -> Sample:
-        """The index-th sample of a seed: a prompt of exactly `length` tokens, its statements at depths within `depths`.
+        """The index-th sample of a seed: a prompt of exactly `length` tokens, what is asked for at depths within `depths`.
 
         Depends on nothing else, so that samples can be made in any order and number.  Raises ValueError where the length
         leaves no room.
         """
+
+    @abstractmethod
+    def check(self, language: Language, length: int, seed: int, count: int) -> int:
+        """Raise ValueError where one of the first `count` samples cannot be made; returns the most tokens of an answer."""
 
     def __str__(self) -> str:
         return written(self)
@@ -83,6 +94,26 @@ class Recall(Task):
 
     def sample(self, language: Language, length: int, seed: int, index: int, depths: tuple[float, float]) -> Sample:
         """See `Task.sample`; a lone statement's depth is spread evenly over the samples (golden ratio)."""
+        rng, facts, before, question, statements, room = self._draft(language, length, seed, index)
+        low, high = depths
+        if len(facts.asked) == 1:
+            start = np.random.default_rng(seed).random()
+            places = [low + (high - low) * ((start + index * _GOLDEN) % 1)]
+        else:
+            places = sorted((low + (high - low) * rng.random(len(facts.asked))).tolist())
+        places += rng.random(len(facts.others)).tolist()
+        hidden, found = _hide(language.haystack(rng, room), statements, places)
+        tokens = _answer_tokens(language, facts.question)
+        return Sample(before + hidden, question, facts.question.references, tuple(found[: len(facts.asked)]), tokens)
+
+    def check(self, language: Language, length: int, seed: int, count: int) -> int:
+        """See `Task.check`."""
+        return max(_answer_tokens(language, self._draft(language, length, seed, i)[1].question) for i in range(count))
+
+    def _draft(
+        self, language: Language, length: int, seed: int, index: int
+    ) -> tuple[np.random.Generator, Facts, list[int], list[int], list[list[int]], int]:
+        """A sample but for its haystack: (rng, facts, ids before the haystack, question, statements, room for haystack)."""
         rng = np.random.default_rng([seed, zlib.crc32(str(self).encode()), length, index])
         facts = self.facts(language, rng)
         before, question = language.frame(facts.question)
@@ -91,39 +122,39 @@ class Recall(Task):
         if room < 16:
             taken = length - room
             raise ValueError(
-                f"{self} at length {length}: its statements and question take {taken} tokens: give {taken + 16}"
+                f"{self} at length {length}: statements and question of sample {index} take {taken} tokens: give lengths "
+                f"of {taken + 16} or more"
             )
-        low, high = depths
-        if len(facts.asked) == 1:
-            start = np.random.default_rng(seed).random()
-            places = [low + (high - low) * ((start + index * _GOLDEN) % 1)]
-        else:
-            places = sorted((low + (high - low) * rng.random(len(facts.asked))).tolist())
-        places += rng.random(len(facts.others)).tolist()
-        context = before + _hide(language.haystack(rng, room), statements, places)
-        spare = language.spare * len(facts.question.references)
-        tokens = len(language.encode(facts.question.answer)) + spare
-        return Sample(context, question, facts.question.references, tuple(places[: len(facts.asked)]), tokens)
+        language.check(room)
+        return rng, facts, before, question, statements, room
 
 
-def _hide(pieces: list[list[int]], statements: list[list[int]], places: list[float]) -> list[int]:
-    """The pieces in one list, each statement at the border between pieces that is nearest to its place."""
-    borders = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
-    at = [int(np.abs(borders - place * borders[-1]).argmin()) for place in places]
-    found: list[int] = []
-    for i in range(len(pieces) + 1):
-        for border, statement in zip(at, statements, strict=True):
-            if border == i:
-                found += statement
-        if i < len(pieces):
-            found += pieces[i]
-    return found
+def _hide(pieces: list[list[int]], statements: list[list[int]], places: list[float]) -> tuple[list[int], list[float]]:
+    """The pieces in one list with each statement at the border nearest to its place, and the places that became of it.
+
+    Where no border is near, a statement stands between two tokens.
+    """
+    hay = [token for piece in pieces for token in piece]
+    borders = np.cumsum([0, *map(len, pieces)])
+    wanted = [round(place * len(hay)) for place in places]
+    nearest = [int(borders[np.abs(borders - at).argmin()]) for at in wanted]
+    chosen = [near if abs(near - at) <= FAR else at for near, at in zip(nearest, wanted, strict=True)]
+    found, last = [], 0
+    for at, statement in sorted(zip(chosen, statements, strict=True), key=lambda pair: pair[0]):
+        found += [*hay[last:at], *statement]
+        last = at
+    return found + hay[last:], [at / len(hay) for at in chosen]
+
+
+def _answer_tokens(language: Language, question: Question) -> int:
+    return len(language.encode(question.answer)) + language.spare * len(question.references)
 
 
 def score(answer: str, references: Sequence[str]) -> float:
-    """Share of the references that an answer contains (RULER's string match)."""
+    """Share of the references that an answer contains (RULER's string match, of whole words)."""
     said = " ".join(answer.split())
-    return sum(reference in said for reference in references) / len(references)
+    hits = [re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", said) is not None for reference in references]
+    return sum(hits) / len(references)
 
 
 @dataclass(frozen=True)
@@ -200,7 +231,7 @@ class VariableTracking(Recall):
 
     def facts(self, language: Language, rng: np.random.Generator) -> Facts:
         """A chain of assignments, in order."""
-        chain = language.names(rng, self.hops + 1)
+        chain = language.variables(rng, self.hops + 1)
         number = language.number(rng)
         given = [number, *chain[:-1]]
         statements = tuple(language.assign(*pair) for pair in zip(chain, given, strict=True))
@@ -236,6 +267,11 @@ class Continuation(Task):
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode()), length, index])
         ids = language.text(rng, length + self.tokens + 1)
         return Sample(ids[:length], ids[length:], tokens=self.tokens)
+
+    def check(self, language: Language, length: int, seed: int, count: int) -> int:
+        """See `Task.check`."""
+        language.check(length + self.tokens + 1)
+        return self.tokens
 
 
 TASKS: dict[str, type[Task]] = {

@@ -74,7 +74,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _stock_update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         groups = self.store.groups
-        if len(groups) == 1 and groups[0].evictor is None and (self.store.shape is None or self.store.dense()):
+        plain = len(groups) == 1 and groups[0].evictor is None and groups[0].selector is None
+        if plain and (self.store.shape is None or self.store.dense()):
             with torch.no_grad():
                 self.store.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
                 groups[0].take_in(k, v, None)

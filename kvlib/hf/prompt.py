@@ -68,7 +68,7 @@ class Prompt:
             votes=max((need.votes for need in needs), default=0),
             token_ids=any(need.token_ids for need in needs),
         )
-        self._read = Cache(model, Recipe(evict=_Collector(collects)))
+        self._read = Cache(model, Recipe(evict=None if collects == Needs() else _Collector(collects)))
 
     @torch.no_grad()
     def read(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -6,11 +6,11 @@ import pytest
 
 from kvlib.eval.results import Answer, Journal, Results, wilson
 
-SETTINGS = {"format": 1, "model": "m", "seed": 0}
+SETTINGS = {"format": 2, "model": "m", "seed": 0}
 
 
 def answer(sample=0, recipe="full", task="niah", question="aware", **more):
-    measured = {"nbytes": 50, "full_nbytes": 100, "read": 0.5, "prefill_s": 1.0, "decode_s": 0.1}
+    measured = {"nbytes": 50, "full_nbytes": 100, "read": 0.5, "read_s": 1.0, "own_s": 0.1, "prompt": "0"}
     return Answer(recipe, task, 64, question, sample, **{**measured, **more})
 
 
@@ -40,27 +40,65 @@ def test_what_is_saved_is_loaded(tmp_path, name):
     assert Results.load(tmp_path / name) == given
 
 
+def begun(path, settings=SETTINGS, sources=None, **run):
+    journal = Journal(path)
+    journal.begin(settings, run, sources or {})
+    return journal
+
+
 def test_a_journal_goes_on_after_a_line_that_was_cut_off(tmp_path):
     path = tmp_path / "answers.jsonl"
-    Journal(path, SETTINGS, {"torch": "1"}).add([answer(0), answer(1)])
+    begun(path, torch="1").add([answer(0), answer(1)])
     whole = path.read_text()
     path.write_text(whole[:-20])
-    again = Journal(path, SETTINGS, {"torch": "2"})
+    again = begun(path, torch="2")
     assert [a.sample for a in again.results.answers] == [0]
+    assert path.read_text() == whole[:-20]  # nothing is written before there are answers
     again.add([answer(1)])
+    again.add([answer(2)])
     found = Results.load(path)
-    assert [a.sample for a in found.answers] == [0, 1]
-    assert found.runs == [{"torch": "1"}, {"torch": "2"}]
-    assert len(path.read_text().splitlines()) == 5
+    assert [(a.sample, a.run) for a in found.answers] == [(0, 0), (1, 1), (2, 1)]
+    assert [run["torch"] for run in found.runs] == ["1", "2"]
+    assert found == again.results
+    assert len(path.read_text().splitlines()) == 6
 
 
 def test_a_journal_of_other_settings_is_left_alone(tmp_path):
     path = tmp_path / "answers.jsonl"
-    Journal(path, SETTINGS, {}).add([answer(0)])
+    begun(path).add([answer(0)])
     before = path.read_text()
     with pytest.raises(ValueError, match=r"seed=0, this is seed=1: give another folder"):
-        Journal(path, {**SETTINGS, "seed": 1}, {})
+        begun(path, {**SETTINGS, "seed": 1})
     assert path.read_text() == before
-    path.write_text('{"other": 1}\n')
-    with pytest.raises(ValueError, match="not an evaluation"):
-        Results.load(path)
+
+
+def test_a_recipe_that_has_changed_is_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    begun(path, sources={"mine": "a", "full": "b"}).add([answer(0)])
+    begun(path, sources={"full": "b", "new": "c"})
+    with pytest.raises(ValueError, match="mine has changed since it answered"):
+        begun(path, sources={"mine": "d"})
+
+
+@pytest.mark.parametrize("content", ["", "notes", '{"other": 1}\n', '{"settings": {"format": 1}}\n'])
+def test_files_of_another_kind_are_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="not an evaluation of format 2"):
+        Journal(path)
+    assert path.read_text() == content
+
+
+def test_settings_without_answers_bind_nobody(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    Results(SETTINGS).save(path)
+    begun(path, {**SETTINGS, "seed": 1}).add([answer(0)])
+    found = Results.load(path)
+    assert found.settings["seed"] == 1
+    assert len(found.answers) == len(found.runs) == 1
+
+
+def test_a_single_continuation_has_no_interval():
+    (cell,) = Results(SETTINGS, [], [answer(task="continuation", question="", nll=1.0, kl=0.1, agreement=0.5)]).cells()
+    assert math.isnan(cell.low) and math.isnan(cell.kl_error)
+    assert cell.value == pytest.approx(math.e)

@@ -1,5 +1,8 @@
 """An evaluation asks what it says, once, whatever the batches, interruptions and shared prompts."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +11,9 @@ from kvlib.eval import Results, evaluate, load
 from kvlib.eval.language import language_of
 from kvlib.eval.run import baselines_for
 from kvlib.eval.tasks import parse_tasks
+from kvlib.policies import HeadTable
 from kvlib.recipe import Recipe
+from kvlib.testing import tiny_model
 
 RECIPES = ["snapkv(budget=0.25, window=8)", "h2o(budget=48)"]
 SMALL = {"tasks": "niah, multikey(keys=3), continuation(tokens=5)", "lengths": [200], "samples": 3, "baselines": False}
@@ -88,10 +93,8 @@ def test_batches_do_not_matter(loaded):
     assert said(each) == said(evaluate(model, RECIPES, tokenizer=tokenizer, batch=3, **SMALL))
 
 
-def test_rows_of_different_lengths_are_padded_apart():
-    """Questions of one batch need not have the same number of tokens."""
-    _, tokenizer = load("tiny")
-    model = load("tiny")[0]
+def test_questions_of_one_batch_may_differ_in_length(loaded):
+    model, tokenizer = loaded
     language = language_of(tokenizer)
     plain = type(language).ask
 
@@ -107,6 +110,68 @@ def test_rows_of_different_lengths_are_padded_apart():
     finally:
         type(language).ask = plain
     assert said(each) == said(rows)
+
+
+def test_sliding_layers_see_no_padding():
+    """Their stock cache counts columns: padding between context and question would push tokens out of the window."""
+    model, (_, tokenizer) = tiny_model("Gemma2", vocab_size=1024), load("tiny")
+    each = evaluate(model, ["full", "snapkv(budget=40)"], tokenizer=tokenizer, batch=1, **SMALL)
+    assert said(each) == said(evaluate(model, ["full", "snapkv(budget=40)"], tokenizer=tokenizer, batch=3, **SMALL))
+    held = {cell.recipe: cell.held for cell in each.cells() if cell.task == "niah"}
+    assert held["snapkv(budget=40)"] < 0.6 < 1 < held["full"] < 1.5  # of what kvlib keeps, stock layers left out
+    assert model.config._attn_implementation != "kvlib"  # left as it was found
+
+
+def test_an_answer_ends_where_the_model_ends_it(loaded):
+    model, tokenizer = loaded
+    fixed = {"tokenizer": tokenizer, "baselines": False, "questions": ["aware"]}
+    plain = evaluate(model, ["full"], "multiquery", [200], 2, **fixed)
+    model.generation_config.eos_token_id = [5, tokenizer.convert_tokens_to_ids(plain.answers[0].answer.split()[1])]
+    try:
+        ended = evaluate(model, ["full"], "multiquery", [200], 1, **fixed)
+    finally:
+        model.generation_config.eos_token_id = None
+    assert ended.answers[0].answer == plain.answers[0].answer.split()[0]
+    assert plain.answers[0].score == 1 and ended.answers[0].score == 0
+
+
+def test_what_is_not_a_number_is_not_called_exact(loaded):
+    model, tokenizer = load("tiny")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    results = evaluate(model, ["full"], "continuation(tokens=2)", [100], 1, tokenizer=tokenizer, baselines=False)
+    assert results.answers[0].kl != results.answers[0].kl
+
+
+def test_what_is_given_twice_is_asked_once(loaded):
+    model, tokenizer = loaded
+    twice = {"questions": ["aware", "aware"], "baselines": False, "tokenizer": tokenizer}
+    recipes = ["oracle(budget=1)", "oracle(budget=1.0)", "oracle(budget=1)"]
+    results = evaluate(model, recipes, "niah, niah", [100, 100], 2, **twice)
+    assert sorted(a.key for a in results.answers) == sorted(
+        (f"oracle(budget={b})", "niah", 100, "aware", i) for b in ("1", "1.0") for i in (0, 1)
+    )
+
+
+def test_a_method_that_was_edited_is_not_taken_for_its_old_self(loaded, tmp_path):
+    model, tokenizer = loaded
+    gates = HeadTable(np.array([[0.1, 0.2], [0.9, 0.8], [0.3, 0.4], [0.5, 0.6]]), "by hand")
+    gates.save(tmp_path / "heads.tsv")
+    recipe = f"duo_attention(heads='{tmp_path}/heads.tsv', sink=4, recent=20)"
+    asked = {"tokenizer": tokenizer, "out": tmp_path, "baselines": False}
+    evaluate(model, [recipe], "niah", [100], 1, **asked)
+    HeadTable(1 - gates.gates, "by hand").save(tmp_path / "heads.tsv")
+    with pytest.raises(ValueError, match="has changed since it answered"):
+        evaluate(model, [recipe], "niah", [100], 2, **asked)
+
+
+def test_samples_that_would_be_others_now_are_not_mixed(loaded, tmp_path):
+    model, tokenizer = loaded
+    asked = {"tokenizer": tokenizer, "out": tmp_path, "baselines": False}
+    results = evaluate(model, ["full"], "niah", [100], 1, **asked)
+    results.answers[0] = dataclasses.replace(results.answers[0], prompt="00000000")
+    results.save(tmp_path / "answers.jsonl")
+    with pytest.raises(ValueError, match="sample 0 of niah at 100 is not the one that was answered"):
+        evaluate(model, ["full"], "niah", [100], 2, **asked)
 
 
 def test_recipes_that_read_prompts_in_their_own_way_are_asked_too(loaded):
@@ -146,17 +211,17 @@ def test_an_interrupted_evaluation_goes_on_and_a_larger_one_adds(loaded, tmp_pat
 
 
 def test_baselines_stand_at_every_budget():
-    recipes = [
-        Recipe.parse(text) for text in ("h2o(budget=0.25)", "snapkv(budget=0.25)", "oracle(budget=20)", "h2o(budget=1.0)")
-    ]
-    assert [str(recipe) for recipe in baselines_for(recipes, 1000)] == [
+    texts = "h2o(budget=0.25)", "snapkv(budget=0.25)", "oracle(budget=20)", "h2o(budget=1.0)", "oracle(budget=2)"
+    assert [str(recipe) for recipe in baselines_for([Recipe.parse(text) for text in texts], 1000)] == [
         "full",
         "oracle(budget=0.25)",
-        "random(budget=0.25)",
         "streaming_llm(recent=246)",
+        "random(budget=0.25)",
         "oracle(budget=20)",
-        "random(budget=20)",
         "streaming_llm(sink=2, recent=18)",
+        "random(budget=20)",
+        "oracle(budget=2)",
+        "streaming_llm(sink=0, recent=2)",
     ]
     assert [str(recipe) for recipe in baselines_for([Recipe.parse("duo_attention")], 1000)] == ["full"]
 
@@ -168,18 +233,22 @@ def test_baselines_stand_at_every_budget():
         ({"lengths": []}, "give prompt lengths"),
         ({"questions": ["blind"]}, "give 'aware', 'agnostic' or both"),
         ({"depths": (0.5, 0.2)}, "the lower one first"),
-        ({"lengths": [20]}, "give"),
-        ({"lengths": [40000]}, "positions: give less"),
+        ({"lengths": [20]}, "give lengths of 24 or more"),
+        ({"batch": 0}, "batch=0: give 1 or more"),
+        ({"tasks": []}, "tasks are missing"),
+        ({"recipes": ["full", "duo_attention(heads=nope.tsv)"]}, "no such file"),
+        ({"lengths": [40000]}, "positions: give 32765 or less"),
         ({"tokenizer": None}, "needs its tokenizer"),
         ({"text": "bagi"}, "leave the text out"),
         ({"recipes": ["h2o(budget=2)"]}, "at least 4"),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(loaded, change, words):
+def test_bad_input_is_refused_before_anything_runs(loaded, change, words, tmp_path):
     model, tokenizer = loaded
     arguments = {"model": model, "recipes": RECIPES, "tokenizer": tokenizer, **SMALL, **change}
     with pytest.raises(ValueError, match=words):
-        evaluate(**arguments)
+        evaluate(**arguments, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_unknown_models_and_types_are_refused():

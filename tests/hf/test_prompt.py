@@ -5,6 +5,7 @@ import torch
 
 import kvlib
 from kvlib.hf import Prompt
+from kvlib.hf.prompt import own_positions
 from kvlib.testing import prompts, tiny_model
 
 RECIPES = [
@@ -27,6 +28,10 @@ def model():
     return tiny_model()
 
 
+def fed(model, ids, mask, cache):
+    return model(ids, attention_mask=mask, position_ids=own_positions(mask, ids.shape[1]), past_key_values=cache).logits
+
+
 @torch.no_grad()
 def steps(model, cache, mask, count=20, seed=3):
     """Logits of `count` given tokens, one by one."""
@@ -34,7 +39,7 @@ def steps(model, cache, mask, count=20, seed=3):
     outs = []
     for i in range(count):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        outs.append(model(follow[:, i : i + 1], attention_mask=mask, past_key_values=cache).logits)
+        outs.append(fed(model, follow[:, i : i + 1], mask, cache))
     return torch.cat(outs, 1)
 
 
@@ -46,7 +51,7 @@ def test_a_handed_over_prompt_is_a_prompt_read_alone(model, recipe):
     first = prompt.read(ids, mask)
     handed = prompt.cache(recipe)
     alone = kvlib.Cache(model, recipe)
-    expected = model(ids, attention_mask=mask, past_key_values=alone).logits[:, -1]
+    expected = fed(model, ids, mask, alone)[:, -1]
     assert torch.allclose(first, expected, rtol=1e-5, atol=1e-5)
     got, wanted = steps(model, handed, mask), steps(model, alone, mask)
     if "duo" in recipe:  # heads are computed beside others: close, not the same bits
@@ -71,7 +76,7 @@ def test_a_prompt_read_in_two_pieces_is_handed_over_at_either_end(model, recipe)
     late = prompt.cache(recipe)
     for cache, until in ((early, 80), (late, ids.shape[1])):
         alone = kvlib.Cache(model, recipe)
-        model(ids[:, :until], attention_mask=mask[:, :until], past_key_values=alone)
+        fed(model, ids[:, :until], mask[:, :until], alone)
         got, wanted = (steps(model, held, mask[:, :until]) for held in (cache, alone))
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
         assert torch.equal(cache.kept(), alone.kept())
@@ -88,6 +93,17 @@ def test_sliding_layers_keep_their_stock_cache(model):
     assert torch.equal(steps(model, handed, mask), steps(model, alone, mask))
     again = prompt.cache("snapkv(budget=32)")  # the first one's steps left the prompt alone
     assert torch.equal(steps(model, again, mask), steps(model, prompt.cache("snapkv(budget=32)"), mask))
+
+
+@torch.no_grad()
+def test_a_model_of_sliding_layers_alone_is_read():
+    model = tiny_model("Mistral", sliding_window=24)
+    ids, mask = prompts(pad=0)
+    prompt = Prompt(model, ["full"])
+    prompt.read(ids)
+    alone = kvlib.Cache(model, "full")
+    model(ids, past_key_values=alone)
+    assert torch.equal(steps(model, prompt.cache("full"), mask), steps(model, alone, mask))
 
 
 def test_what_cannot_be_shared_is_refused(model):

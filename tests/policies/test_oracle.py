@@ -68,6 +68,16 @@ def test_a_draft_reads_what_its_tokens_would_read_alone():
     assert torch.allclose(model(ids[:, :6], past_key_values=drafted).logits, single, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_detached_model_cannot_read_everything_in_its_stead():
+    model = tiny_model()
+    cache = kvlib.Cache(model, "oracle(budget=4)")
+    model(prompts(1, 40, 0)[0], past_key_values=cache)
+    kvlib.detach(model)
+    with pytest.raises(RuntimeError, match="only kvlib's attention can read it"):
+        model(torch.tensor([[5]]), past_key_values=cache)
+
+
 def test_what_cannot_be_combined_is_refused():
     with pytest.raises(RecipeError, match="h2o drops some of them"):
         kvlib.Recipe.parse("h2o(budget=64) + oracle(budget=32)")

@@ -7,8 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import kvlib
-from kvlib import smollm2
-from kvlib.eval import evaluate
+from kvlib.eval import evaluate, load
 from kvlib.eval.language import default_text
 
 pytestmark = pytest.mark.slow
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer():
-    return smollm2.load()
+    return load("smollm2", "float32")
 
 
 @pytest.fixture(scope="module")
