@@ -35,13 +35,18 @@ def source_of(recipe: Recipe) -> str:
     for method in (recipe.heads, recipe.evict, recipe.select):
         if method is None:
             continue
-        try:
-            parts.append(inspect.getsource(type(method)).encode())
-        except OSError:  # written at a prompt: there is no file to read
-            parts.append(type(method).__qualname__.encode())
+        parts.append(_code_of(type(method)))
         values = [getattr(method, field.name) for field in dataclasses.fields(method)]
         parts += [Path(value).read_bytes() for value in values if isinstance(value, str) and Path(value).is_file()]
     return digest(*parts)
+
+
+def _code_of(cls: type) -> bytes:
+    try:
+        return inspect.getsource(cls).encode()
+    except (OSError, TypeError):  # written at a prompt: there is no file to read
+        functions = [value.__code__ for value in vars(cls).values() if inspect.isfunction(value)]
+        return repr([(code.co_name, code.co_code, code.co_names, code.co_consts) for code in functions]).encode()
 
 
 def this_run(model: Any) -> dict[str, Any]:
