@@ -24,7 +24,7 @@ def kept(group: HeadGroup) -> np.ndarray:
     return counts
 
 
-def read(group: HeadGroup) -> np.ndarray:
+def attended(group: HeadGroup) -> np.ndarray:
     """Tokens the newest query attended or would have attended after the prompt, int64 [B, H]."""
     held = kept(group)
     if group.tail is None:
@@ -38,8 +38,8 @@ def read(group: HeadGroup) -> np.ndarray:
         return held
     in_tail = sink if group.sink is None else np.where(group.sink.counts[:, 0] > 0, 0, sink)
     unseen = np.maximum(group.tail.lengths - window - in_tail, 0)
-    attended: np.ndarray = held - unseen[:, None]
-    return attended
+    seen: np.ndarray = held - unseen[:, None]
+    return seen
 
 
 def positions(group: HeadGroup) -> list[list[Tensor]]:

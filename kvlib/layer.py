@@ -228,9 +228,9 @@ class Layer:
         """Tokens held, int64 [B, H]."""
         return self._counts(census.kept)
 
-    def read(self) -> np.ndarray:
+    def attended(self) -> np.ndarray:
         """Tokens a query after the prompt attends, int64 [B, H]."""
-        return self._counts(census.read)
+        return self._counts(census.attended)
 
     def _counts(self, count: Callable[[HeadGroup], np.ndarray]) -> np.ndarray:
         if self.shape is None:

@@ -223,7 +223,7 @@ def _read(cache: Cache) -> list[float]:
     """Share of its tokens that a query of each row attends, over all layers and heads that kvlib keeps."""
     if not cache.managed:
         return [1.0] * cache.layers[0].keys.shape[0]
-    read = cache.read()[torch.from_numpy(cache.managed_layers)].double().mean((0, 2))
+    read = cache.attended()[torch.from_numpy(cache.managed_layers)].double().mean((0, 2))
     seen = torch.from_numpy(cache.managed[0].store.groups[0].tokens)
     shares: list[float] = (read / seen).tolist()
     return [round(share, 5) for share in shares]

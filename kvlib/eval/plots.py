@@ -13,7 +13,9 @@ import numpy as np
 from kvlib.eval.results import Cell, Results
 from kvlib.eval.tables import ASKED
 from kvlib.notation import read_call, split
+from kvlib.policies import StreamingLLM
 from kvlib.policies.base import registered
+from kvlib.recipe import Recipe
 
 DEPTHS = 5  # bands of a heat map
 TICKS = {1.5625: "1.6", 3.125: "3.1", 6.25: "6¼", 12.5: "12½", 25.0: "25", 50.0: "50", 100.0: "100"}
@@ -42,7 +44,7 @@ def _frontier(results: Results, cells: list[Cell], kind: str) -> Any:
     hollow, where they read."""
     tasks, lengths = list(dict.fromkeys(cell.task for cell in cells)), sorted({cell.length for cell in cells})
     families = list(dict.fromkeys(_family(cell.recipe) for cell in cells if cell.recipe != "full"))
-    figure = _figure(max(6.5, 3.1 * len(tasks)), 2.6 * len(lengths) + 1.6)
+    figure = _figure(3.1 * len(tasks) + 3, 2.6 * len(lengths) + 1.2)
     axes = figure.subplots(len(lengths), len(tasks), squeeze=False, sharex=True, sharey=True)
     shares = [_share(cell) for cell in cells]
     for (row, column), panel in np.ndenumerate(axes):
@@ -63,8 +65,7 @@ def _frontier(results: Results, cells: list[Cell], kind: str) -> Any:
     figure.supxlabel("KV bytes held, % of full (hollow: tokens read, %)", fontsize=10)
     figure.supylabel("answers right, %, and 95 % interval", fontsize=10)
     handles = {name: handle for panel in axes.flat for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.4)))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     return _titled(figure, results, f"What each recipe still knows: {ASKED[kind]}")
 
 
@@ -79,14 +80,12 @@ def _draw_line(panel: Any, line: list[Cell], label: str, color: str, marker: str
 
 def _heat_map(results: Results, task: str, kind: str) -> Any:
     """Accuracy by length and needle depth, a panel per recipe."""
-    reads = {(c.recipe, c.length): c.read for c in results.cells() if (c.task, c.question) == (task, kind)}
     scores: dict[str, dict[tuple[int, int], list[float]]] = {}
     for a in results.answers:
         if (a.task, a.question) == (task, kind) and a.score is not None:
             band = min(DEPTHS - 1, int(a.depths[0] * DEPTHS))
-            panels = scores.setdefault(_label(a.recipe, reads[a.recipe, a.length]), {})
-            panels.setdefault((band, a.length), []).append(a.score)
-    lengths = sorted({length for _, length in reads})
+            scores.setdefault(_label(a.recipe, a.length), {}).setdefault((band, a.length), []).append(a.score)
+    lengths = sorted({length for found in scores.values() for _, length in found})
     columns = min(5, len(scores))
     rows = -(-len(scores) // columns)
     figure = _figure(2.5 * columns + 1.5, 1.9 * rows + 1.1)
@@ -114,8 +113,8 @@ def _distances(results: Results, cells: list[Cell]) -> Any:
     rows: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.recipe != "full":
-            rows.setdefault(_label(cell.recipe, cell.read), []).append(cell)
-    figure = _figure(9, 0.16 * len(rows) * len(lengths) + 0.1 * len(rows) + 2)
+            rows.setdefault(_label(cell.recipe, cell.length), []).append(cell)
+    figure = _figure(11, 0.14 * len(rows) * len(lengths) + 0.1 * len(rows) + 1.2)
     panel = figure.subplots()
     height = 0.8 / len(lengths)
     for i, length in enumerate(lengths):
@@ -129,11 +128,11 @@ def _distances(results: Results, cells: list[Cell]) -> Any:
                 panel.barh(y, kl, height, color=f"C{i}", xerr=arms, error_kw={"elinewidth": 0.6})
                 panel.annotate(f" {cell.value:.1f}", (kl + error, y), fontsize=6, va="center")
     panel.set_yticks(range(len(rows)), list(rows), fontsize=7)
-    panel.invert_yaxis()
+    panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xscale("log")
     panel.grid(alpha=0.3, axis="x")
     panel.set_xlabel("KL(full || recipe), nats per token, and 95 % interval; perplexity beside the bars")
-    figure.legend(fontsize=8, loc="outside lower center", ncols=len(lengths))
+    figure.legend(fontsize=8, loc="outside right upper")
     return _titled(figure, results, f"{cells[0].task}: distance from the full cache's predictions")
 
 
@@ -151,9 +150,13 @@ def _family(recipe: str) -> str:
     return re.sub(r",\s*\)", ")", bare).replace("()", "")
 
 
-def _label(recipe: str, read: float) -> str:
-    """A window is written in tokens, which differ between lengths: its share of them does not."""
-    return f"streaming_llm, {100 * read:.0f} % read" if recipe.startswith("streaming_llm") and "+" not in recipe else recipe
+def _label(recipe: str, length: int) -> str:
+    """A lone window is written in tokens, which differ between lengths: its share of them does not."""
+    if not recipe.startswith("streaming_llm(") or "+" in recipe:
+        return recipe
+    window = Recipe.parse(recipe).evict
+    assert isinstance(window, StreamingLLM)
+    return f"streaming_llm, {100 * (window.sink + window.recent) / length:.3g} %"
 
 
 def _selects(recipe: str) -> bool:

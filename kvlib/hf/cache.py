@@ -203,10 +203,10 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """
         return self._counts(Layer.kept)
 
-    def read(self) -> Tensor:
+    def attended(self) -> Tensor:
         """Tokens a query after the prompt attends, LongTensor [layers, batch, kv_heads]: those `kept()`, less what a
         selector leaves unread and what waits unseen behind a streaming window."""
-        return self._counts(Layer.read)
+        return self._counts(Layer.attended)
 
     def _counts(self, count: Callable[[Layer], np.ndarray]) -> Tensor:
         rows = max((layer.batch_size for layer in self.managed), default=-1)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from kvlib.policies.base import BudgetedEvictor, RecipeError, Sizes, Split, View, check_whole, register, shares
+from kvlib.policies.base import BudgetedEvictor, Needs, RecipeError, Sizes, Split, View, check_whole, register, shares
 
 
 @register
@@ -19,10 +19,12 @@ class RandomEviction(BudgetedEvictor):
     budget: tokens per KV head (int) or fraction of the prompt (float).
     seed:   another seed, another choice.
 
-    The choice is a hash of seed, layer, head and position: a row's neighbours and padding have no part in it.
+    The choice is a hash of seed, layer, head, position and the prompt's tokens: another prompt, another choice, so that
+    samples are independent draws, but a row's neighbours and padding have no part in it.
     """
 
     name: ClassVar[str] = "random"
+    needs: ClassVar[Needs] = Needs(token_ids=True)
 
     seed: int = 0
 
@@ -39,7 +41,10 @@ class RandomEviction(BudgetedEvictor):
     def score(self, view: View) -> Tensor:
         """Uniform in [0, 1)."""
         head = _mixed(view.heads + (self.seed << 32)).view(1, -1, 1)
-        return ((_mixed(view.positions.long() ^ head) >> 40) & 0xFFFFFF).float() / 2**24
+        positions = view.positions.long()
+        tokens = _mixed(view.token_ids ^ (positions << 32)).masked_fill(~view.valid, 0)
+        prompt = tokens[:, :1].sum(-1, keepdim=True)  # every head's candidates are the whole prompt
+        return ((_mixed(positions ^ head ^ prompt) >> 40) & 0xFFFFFF).float() / 2**24
 
 
 def _mixed(x: Tensor) -> Tensor:

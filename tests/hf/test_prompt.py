@@ -59,7 +59,7 @@ def test_a_handed_over_prompt_is_a_prompt_read_alone(model, recipe):
     else:
         assert torch.equal(got, wanted)
     assert torch.equal(handed.kept(), alone.kept())
-    assert torch.equal(handed.read(), alone.read())
+    assert torch.equal(handed.attended(), alone.attended())
     assert handed.nbytes(used=True) == alone.nbytes(used=True)
     assert handed.get_seq_length() == alone.get_seq_length()
 

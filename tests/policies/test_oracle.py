@@ -51,7 +51,7 @@ def test_a_step_attends_the_chosen_and_the_prompt_everything():
     mask = torch.zeros(2, 33).scatter_(1, best, 1.0).repeat_interleave(4, 0)[None, :, None]
     wanted = (p * mask / (p * mask).sum(-1, keepdim=True)) @ v.repeat_interleave(4, 1)
     assert torch.allclose(out, wanted, atol=1e-5)
-    assert (layer.read() == 5).all()
+    assert (layer.attended() == 5).all()
     assert (layer.kept() == 33).all()
 
 

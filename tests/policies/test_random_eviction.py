@@ -40,13 +40,21 @@ def test_positions_are_drawn_evenly():
     assert ((counts.sum(0) - 150).abs() < 30).all()
 
 
-def test_neither_neighbours_nor_text_nor_padding_matter():
-    (alone,) = held("random(budget=50)")
-    two = held("random(budget=50)", rows=2, pad=0, seed=7)
-    assert two[0] == two[1] == alone
-    padded = held("random(budget=50)", rows=2, pad=20, seed=7)
-    assert padded[0] == alone
-    assert all(max(choice) < 180 for choice in padded[1])
+@torch.no_grad()
+def test_every_prompt_has_its_own_choice_whatever_its_neighbours_and_padding():
+    model = tiny_model()
+    ids, mask = prompts(2, 200, 20)
+    together = kvlib.Cache(model, "random(budget=50)")
+    model(ids, attention_mask=mask, past_key_values=together)
+    together.finish_prefill()
+    for row, start in ((0, 0), (1, 20)):
+        alone = kvlib.Cache(model, "random(budget=50)")
+        model(ids[row : row + 1, start:], past_key_values=alone)
+        alone.finish_prefill()
+        for one, other in zip(together.managed, alone.managed, strict=True):
+            assert all(map(torch.equal, one.store.positions()[row], other.store.positions()[0]))
+    (first,), (second,) = held("random(budget=50)"), held("random(budget=50)", seed=7)
+    assert all(len(a & b) < 30 for a, b in zip(first, second, strict=True))
 
 
 def test_bad_seeds_are_refused():
