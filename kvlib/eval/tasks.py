@@ -16,7 +16,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -61,12 +61,11 @@ class Task(ABC):
     """A kind of question; its fields are how hard it is."""
 
     name: ClassVar[str]
+    least: ClassVar[dict[str, int]] = {}  # of each parameter
 
     def __post_init__(self) -> None:
         for parameter, least in self.least.items():
             check_whole(self.name, parameter, getattr(self, parameter), least)
-
-    least: ClassVar[dict[str, int]] = {}  # per parameter
 
     @abstractmethod
     def sample(self, language: Language, length: int, seed: int, index: int, depths: tuple[float, float]) -> Sample:
@@ -84,6 +83,17 @@ class Task(ABC):
         return written(self)
 
 
+class _Draft(NamedTuple):
+    """A sample but for its haystack, for which there is room for `room` tokens after the ids `before`."""
+
+    rng: np.random.Generator
+    facts: Facts
+    before: list[int]
+    statements: list[list[int]]
+    question: list[int]
+    room: int
+
+
 @dataclass(frozen=True)
 class Recall(Task):
     """Facts hidden in a haystack and a question about them."""
@@ -94,7 +104,7 @@ class Recall(Task):
 
     def sample(self, language: Language, length: int, seed: int, index: int, depths: tuple[float, float]) -> Sample:
         """See `Task.sample`; a lone statement's depth is spread evenly over the samples (golden ratio)."""
-        rng, facts, before, question, statements, room = self._draft(language, length, seed, index)
+        rng, facts, before, statements, question, room = self._draft(language, length, seed, index)
         low, high = depths
         if len(facts.asked) == 1:
             start = np.random.default_rng(seed).random()
@@ -108,12 +118,10 @@ class Recall(Task):
 
     def check(self, language: Language, length: int, seed: int, count: int) -> int:
         """See `Task.check`."""
-        return max(_answer_tokens(language, self._draft(language, length, seed, i)[1].question) for i in range(count))
+        drafts = (self._draft(language, length, seed, i) for i in range(count))
+        return max(_answer_tokens(language, draft.facts.question) for draft in drafts)
 
-    def _draft(
-        self, language: Language, length: int, seed: int, index: int
-    ) -> tuple[np.random.Generator, Facts, list[int], list[int], list[list[int]], int]:
-        """A sample but for its haystack: (rng, facts, ids before the haystack, question, statements, room for haystack)."""
+    def _draft(self, language: Language, length: int, seed: int, index: int) -> _Draft:
         rng = np.random.default_rng([seed, zlib.crc32(str(self).encode()), length, index])
         facts = self.facts(language, rng)
         before, question = language.frame(facts.question)
@@ -126,7 +134,7 @@ class Recall(Task):
                 f"of {taken + 16} or more"
             )
         language.check(room)
-        return rng, facts, before, question, statements, room
+        return _Draft(rng, facts, before, statements, question, room)
 
 
 def _hide(pieces: list[list[int]], statements: list[list[int]], places: list[float]) -> tuple[list[int], list[float]]:

@@ -1,9 +1,12 @@
 """Answers are written, read and summed up as they are."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from kvlib.eval import load, parse_tasks
+from kvlib.eval.language import language_of
 from kvlib.eval.results import Answer, Journal, Results, wilson
 
 SETTINGS = {"format": 2, "model": "m", "seed": 0}
@@ -102,3 +105,13 @@ def test_a_single_continuation_has_no_interval():
     (cell,) = Results(SETTINGS, [], [answer(task="continuation", question="", nll=1.0, kl=0.1, agreement=0.5)]).cells()
     assert math.isnan(cell.low) and math.isnan(cell.kl_error)
     assert cell.value == pytest.approx(math.e)
+
+
+def test_the_published_answers_are_to_the_questions_asked_today():
+    """Or else the figures in the documentation could not be made again."""
+    results = Results.load(Path(__file__).parents[2] / "bench" / "results" / "eval-tiny" / "answers.jsonl.gz")
+    language = language_of(load("tiny")[1])
+    prompts = {(a.task, a.length, a.sample): a.prompt for a in results.answers if a.length == 1024 and a.sample in (0, 31)}
+    assert len(prompts) == 2 * 7
+    for (task, length, index), prompt in prompts.items():
+        assert parse_tasks(task)[0].sample(language, length, results.settings["seed"], index, (0.0, 1.0)).digest == prompt
