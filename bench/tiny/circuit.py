@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
@@ -84,8 +83,9 @@ def lay_circuit(model: LlamaForCausalLM, span: int) -> None:
 
     embedding = model.model.embed_tokens.weight
     embedding.normal_(0, 0.01)
-    # All of one norm: the constant of a shorter token would be the larger after RMSNorm, and draw the offset heads.
-    embedding[:, own] = 0.8 * F.normalize(torch.randn(SIZE, SLOT))
+    # Not of one norm, although then the offset heads would be sharp from the start: trained so, the model never learnt to
+    # go on to a third name of `list`.
+    embedding[:, own].normal_(0, 0.1)
     embedding[:, -1] = 0.57
 
     def head(weight: nn.Parameter, index: int) -> Tensor:
