@@ -96,6 +96,18 @@ def test_sliding_layers_keep_their_stock_cache(model):
 
 
 @torch.no_grad()
+def test_a_models_own_sinks_follow_their_heads():
+    model, recipe = tiny_model("GptOss"), "duo_attention(sparsity=0.5, sink=4, recent=20) + snapkv(budget=32, window=8)"
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data = torch.linspace(-4, 6, 8)
+    ids, mask = prompts(pad=0)
+    prompt, alone = Prompt(model, [recipe]), kvlib.Cache(model, recipe)
+    prompt.read(ids)
+    fed(model, ids, mask, alone)
+    assert torch.allclose(steps(model, prompt.cache(recipe), mask), steps(model, alone, mask), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_model_of_sliding_layers_alone_is_read():
     model = tiny_model("Mistral", sliding_window=24)
     ids, mask = prompts(pad=0)
