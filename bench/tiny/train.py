@@ -3,7 +3,7 @@
     .venv/bin/python bench/tiny/train.py --out runs/tiny                   # 2.6M parameters, documents to 4,096 tokens
     .venv/bin/python bench/tiny/train.py --out runs/long --preset long     # 4.7M parameters, to 32,768, on a large GPU
 
-The first takes about 25 minutes on two free CPU cores: two processes of one thread, 20M tokens.  Asked again, a command
+The first takes 24 minutes on two free CPU cores: two processes of one thread, 20M tokens.  Asked again, a command
 goes on from its last checkpoint, to the weights an uninterrupted run gives, bit for bit on a CPU.  The second is a plan
 whose stages were not timed: cut them to the time there is with --stages.
 
