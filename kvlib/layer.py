@@ -143,23 +143,24 @@ class Layer:
     def _forward_groups(
         self, q: Tensor, k: Tensor, v: Tensor, count: np.ndarray | None, spec: Spec, recording: bool, drafts: int | None
     ) -> Tensor:
-        if self._index is None or self._index[0][0].device != q.device:
-            self._place_heads(q.shape[1] // k.shape[1], q.device)
-        assert self._index is not None and self._inverse is not None
         outs = []
-        for group, (kv_heads, q_heads) in zip(self.groups, self._index, strict=True):
+        for group, (kv_heads, q_heads) in zip(self.groups, self._places(q.shape[1] // k.shape[1], q.device), strict=True):
             own = spec if spec.sinks is None else replace(spec, sinks=spec.sinks[q_heads])
             chunk = q[:, q_heads], k[:, kv_heads], v[:, kv_heads]
             outs.append(group.forward(*chunk, count, own, recording, drafts))
+        assert self._inverse is not None
         return torch.cat(outs, 1).index_select(1, self._inverse)
 
-    def _place_heads(self, per_kv: int, device: torch.device) -> None:
-        self._index = []
-        for heads in self.heads:
-            assert heads is not None
-            queries = (heads[:, None] * per_kv + np.arange(per_kv)).ravel()
-            self._index.append((torch.from_numpy(heads).to(device), torch.from_numpy(queries).to(device)))
-        self._inverse = torch.cat([queries for _, queries in self._index]).argsort()
+    def _places(self, per_kv: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Per group its (KV heads, query heads), `per_kv` query heads to a KV head, kept on the device."""
+        if self._index is None or self._index[0][0].device != device:
+            self._index = []
+            for heads in self.heads:
+                assert heads is not None
+                queries = (heads[:, None] * per_kv + np.arange(per_kv)).ravel()
+                self._index.append((torch.from_numpy(heads).to(device), torch.from_numpy(queries).to(device)))
+            self._inverse = torch.cat([queries for _, queries in self._index]).argsort()
+        return self._index
 
     def finish_prefill(self) -> None:
         """The prompt is complete: one-shot methods evict, fractional budgets are frozen."""
@@ -211,10 +212,7 @@ class Layer:
         if len(self.groups) == 1:
             self.groups[0].adopt(read, None, None)
             return
-        if self._index is None or self._index[0][0].device != other.device:
-            self._place_heads(per_kv, other.device)
-        assert self._index is not None
-        for group, (kv_heads, q_heads) in zip(self.groups, self._index, strict=True):
+        for group, (kv_heads, q_heads) in zip(self.groups, self._places(per_kv, other.device), strict=True):
             group.adopt(read, kv_heads, q_heads)
 
     @property

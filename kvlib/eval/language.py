@@ -19,6 +19,7 @@ CITIES = (
     "Dallas Geneva Havana Houston Kiev Lagos Lisbon Manila Miami Milan Munich Nairobi Prague Quebec Seattle Seoul Venice "
     "Warsaw"
 ).split()
+PAIRS = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
 SENTINEL = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -263,12 +264,11 @@ class English:
 
     def names(self, rng: np.random.Generator, count: int) -> list[str]:
         """Cities; with more than there are, pairs of words."""
-        pool = CITIES if count <= len(CITIES) else [f"{a} {b}" for a in ADJECTIVES for b in NOUNS]
-        return _words(rng, pool, count, "names")
+        return _words(rng, CITIES if count <= len(CITIES) else PAIRS, count, "names")
 
     def variables(self, rng: np.random.Generator, count: int) -> list[str]:
         """Pairs of words."""
-        return _words(rng, [f"{a} {b}" for a in ADJECTIVES for b in NOUNS], count, "variables")
+        return _words(rng, PAIRS, count, "variables")
 
     def words(self, rng: np.random.Generator, count: int) -> list[str]:
         """Nouns and adjectives, each drawn alone."""

@@ -149,10 +149,12 @@ def evaluate(
     attached = own or model.config._attn_implementation == "kvlib"
     try:
         examiner = Examiner(model, tokenizer, language, seed, depths)
+        sources: dict[str, str] = {}
         for length in asking.lengths:
-            examiner.check(asking.tasks, length, samples, asking.whom(length))
-        everyone = {str(recipe): source_of(recipe) for length in asking.lengths for recipe in asking.whom(length)}
-        journal.begin(settings, {**this_run(model), **asking.written()}, everyone)
+            whom = asking.whom(length)
+            examiner.check(asking.tasks, length, samples, whom)
+            sources |= {str(recipe): source_of(recipe) for recipe in whom}
+        journal.begin(settings, {**this_run(model), **asking.written()}, sources)
         examiner.check_known(asking.tasks, journal.results.answers)
         _ask_all(asking, examiner, journal, progress or (lambda done, total, what: None))
     finally:
@@ -192,14 +194,14 @@ def _plan(asking: Asking, known: Results) -> Iterator[Batch]:
     """What is still to be asked.  Whoever lacks the same answers is asked together."""
     answered = {answer.key for answer in known.answers}
     for length in asking.lengths:
-        size = asking.batch or max(1, BATCH_TOKENS // length)
+        size, whom = asking.batch or max(1, BATCH_TOKENS // length), asking.whom(length)
         for task in asking.tasks:
             kinds = ("",) if isinstance(task, Continuation) else asking.questions
             for first in range(0, asking.samples, size):
                 indices = range(first, min(asking.samples, first + size))
                 lacking: dict[tuple[int, ...], list[tuple[Recipe, str]]] = {}
                 for kind in kinds:
-                    for recipe in asking.whom(length):
+                    for recipe in whom:
                         missing = tuple(i for i in indices if (str(recipe), str(task), length, kind, i) not in answered)
                         if missing:
                             lacking.setdefault(missing, []).append((recipe, kind))
