@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Keep the KV cache of long-context models small, and see what that costs.", no_args_is_help=True)
 heads = typer.Typer(help="Which KV heads need everything.", no_args_is_help=True)
 app.add_typer(heads, name="heads")
+channels = typer.Typer(help="Which key channels carry the scores.", no_args_is_help=True)
+app.add_typer(channels, name="channels")
 console = Console()
 
 ModelOption = Annotated[str, typer.Option("--model", help="'smollm2', 'tiny' or the path of a transformers model.")]
@@ -218,6 +221,36 @@ def identify(
     low, high = (table.gates < 0.1).mean(), (table.gates > 0.9).mean()
     console.print(f"{out}: {table.gates.size} heads, {100 * low:.0f} % below 0.1, {100 * high:.0f} % above 0.9")
     console.print(f'use it: kvlib.Cache(model, "duo_attention(sparsity=0.5, heads={str(out)!r})")')
+
+
+@channels.command(name="identify")
+def identify_channels(
+    model: ModelOption = "smollm2",
+    text: TextOption = None,
+    out: Annotated[Path, typer.Option(help="Channel table to write.")] = Path("channels.tsv"),
+    blocks: Annotated[int, typer.Option(help="Blocks of text (paper: 256 documents).", min=1)] = 64,
+    length: Annotated[int, typer.Option(help="Tokens per block (paper: 512).", min=2)] = 512,
+    seed: SeedOption = 0,
+) -> None:
+    """Rank the key channels of every KV head (Double Sparsity's calibration) and write the channel table."""
+    from kvlib import channels as calibration
+    from kvlib.eval import load
+
+    _quiet()
+    try:
+        loaded, tokenizer = load(model, "float32")
+        ids = calibration.text_blocks(tokenizer, None if text is None else text.read_text(), blocks, length, seed)
+        with _progress() as progress:
+            task = progress.add_task("weighing channels", total=blocks)
+            table = calibration.identify_channels(loaded, ids, lambda block: progress.update(task, advance=1))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    table.save(out)
+    layers, kv_heads, d = table.order.shape
+    carried = np.take_along_axis(table.weight, table.order[..., : d // 4], -1).sum()
+    share = 100 * carried / table.weight.sum()
+    console.print(f"{out}: {layers} layers of {kv_heads} KV heads; {d // 4} of {d} channels carry {share:.0f} % of q * k")
+    console.print(f'use it: kvlib.Cache(model, "double_sparsity(channels={str(out)!r})")')
 
 
 def _progress(show_count: bool = True) -> Progress:

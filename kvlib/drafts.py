@@ -7,13 +7,15 @@ afterwards the state before them is kept, and a crop goes back to it and replays
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.indexed import Indexed
+from kvlib.policies.selection import Past
 from kvlib.segment import Spec, Tail, Tiles
 
 if TYPE_CHECKING:
@@ -40,14 +42,49 @@ class Chunk:
         return Chunk(self.q[:, :, cut], self.k[:, :, cut], self.v[:, :, cut], new, self.lse[:, :, cut])
 
 
+@dataclass(frozen=True)
+class State:
+    """What a group goes back to."""
+
+    tail: Tail
+    sink: Tiles | None
+    body: Tiles | Indexed | None
+    tokens: np.ndarray
+    until_seal: int
+    chosen: np.ndarray
+    past: Past
+
+    @classmethod
+    def of(cls, group: HeadGroup) -> State:
+        """The present state, which later tokens do not disturb."""
+        assert group.tail is not None
+        body = group.body.snapshot() if isinstance(group.body, Indexed) else group.body
+        return cls(group.tail.snapshot(), group.sink, body, group.tokens, group.until_seal, group.chosen, group.past)
+
+    def restore(self, group: HeadGroup) -> None:
+        """Make it the state of the group."""
+        group.tail, group.sink, group.body, group.past = self.tail, self.sink, self.body, self.past
+        group.tokens, group.until_seal, group.chosen = self.tokens, self.until_seal, self.chosen
+
+    def tensors(self) -> list[Tensor]:
+        """Every storage held."""
+        found = [x for kept in (self.tail, self.sink) if kept is not None for x in (*kept.tensors(), *kept.bookkeeping())]
+        if isinstance(self.body, Indexed):
+            found += [x for _, _, x in self.body.storages()]
+        elif self.body is not None:
+            found += [*self.body.tensors(), *self.body.bookkeeping()]
+        return found + self.past.tensors()
+
+
 @dataclass
 class Draft:
-    """The provisional chunks of a group, and the state before them: (tail, sink, body, tokens, until_seal), or None for
-    a chunk that came while the prompt was open."""
+    """The provisional chunks of a group, its state before them, or None for a chunk that came while the prompt was open,
+    and what its selector remembered after each column."""
 
     chunks: list[Chunk]
     spec: Spec
-    before: tuple[Tail, Tiles | None, Tiles | None, np.ndarray, int] | None
+    before: State | None
+    pasts: list[Past] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -69,21 +106,20 @@ class Draft:
                 part = chunk.part(0, stay)
                 group.observe(part.q, part.lse, part.new, self.spec, prompt=True)
         elif n:
-            group.tail, group.sink, group.body, group.tokens, group.until_seal = self.before
+            self.before.restore(group)
+            past = self.pasts[stay - 1] if stay and self.pasts else self.before.past
             for chunk in self.chunks:
                 columns = min(stay, chunk.q.shape[2])
                 stay -= columns
                 if columns:
                     replay(group, chunk.part(0, columns), self.spec)
+            group.past = past
 
     def tensors(self) -> list[Tensor]:
         """Every storage held for the way back."""
         found = [x for chunk in self.chunks for x in (chunk.q, chunk.k, chunk.v, chunk.lse)]
-        if self.before is not None:
-            tail, sink, body, *_ = self.before
-            for kept in (tail, sink, body):
-                found += [] if kept is None else [*kept.tensors(), *kept.bookkeeping()]
-        return found
+        found += [x for past in self.pasts for x in past.tensors()]
+        return found if self.before is None else found + self.before.tensors()
 
 
 def draft_of_prompt(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.ndarray, spec: Spec) -> Tensor:
@@ -96,8 +132,7 @@ def draft_of_prompt(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.n
         early = lse.clone()
         early[:, :, final:] = float("inf")  # queries that may yet be taken back do not vote
         group.spec = spec
-        if group.needs.votes:
-            group.remember(q[:, :, :final], np.maximum(new - LONGEST, 0))
+        group.remember(q[:, :, :final], np.maximum(new - LONGEST, 0), later=q.shape[2] - final)
         if group.needs.mass:
             group.add(*group.mass(q, early, new, prompt=True))
     rest, nothing = slice(final, None), k[:, :, :0].clone()  # keys stay in the tail: there is nothing to replay
@@ -115,9 +150,7 @@ def draft_of_steps(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.nd
         outs.append(group.step(q[:, :, :final], k[:, :, :final], v[:, :, :final], head, spec, prompt=True).out)
         q, k, v, new = q[:, :, final:], k[:, :, final:], v[:, :, final:], new - head
     if group.draft is None:
-        assert group.tail is not None
-        before = (group.tail.snapshot(), group.sink, group.body, group.tokens, group.until_seal)
-        group.draft = Draft([], spec, before)
+        group.draft = Draft([], spec, State.of(group))
     runs: list[Partial] = []
     for i, j in _runs(group, q.shape[2]):
         count = np.clip(new - (q.shape[2] - j), 0, j - i)

@@ -10,11 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.candidates import Candidates
+from kvlib import evict, recall
 from kvlib.drafts import LONGEST, Draft, draft_of_prompt, draft_of_steps, prompt_then_drafts
+from kvlib.home import Home
+from kvlib.indexed import Indexed
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
-from kvlib.policies.base import Evictor, Needs, Selector, Sizes, Split, View
+from kvlib.policies.base import Evictor, Needs, Sizes, Split
+from kvlib.policies.select.channels import channel_weight
+from kvlib.policies.selection import Everything, Past, Selector
+from kvlib.policies.tier.host import Host
 from kvlib.segment import Spec, Tail, Tiles, close_gaps
 
 _Masses = tuple[Tensor, Tensor | None]  # attention got by the tail's live slots and by the body's
@@ -22,12 +27,13 @@ TokenIds = Callable[[Tensor], Tensor]  # positions [B, H, M] -> ids [B, H, M]
 
 
 class HeadGroup:
-    """Keys and values of some KV heads of a layer, under one evictor and one selector.
+    """Keys and values of some KV heads of a layer, under one evictor, one selector and one tier.
 
     heads [H]: the KV heads' places in the model, layer * kv_heads + head, for methods that tell heads apart.
 
-    New tokens enter the tail, are attended, and leave it for the sink and the body (or for good) when the evictor's
-    split of its budget says so.  Everything is counted per batch row from the row's first real token.
+    New tokens enter the tail, are attended, and leave it for the sink and the body (or for good) when the split of the
+    budget says so.  The body is `Tiles` under an evictor, of which all is read, and `Indexed` under a selector, or where
+    everything is kept outside the device.  Everything is counted per batch row from the row's first real token.
     """
 
     def __init__(
@@ -38,29 +44,37 @@ class HeadGroup:
         tokenizer: Any = None,
         selector: Selector | None = None,
         heads: np.ndarray | None = None,
+        tier: Host | None = None,
     ):
         self.evictor = evictor if evictor is not None and evictor.evicts() else None
         self.selector = selector if selector is not None and selector.selects() else None
-        self.heads = heads
+        if self.selector is None and self.evictor is None and tier is not None:
+            self.selector = Everything()
+        self.heads, self.tier = heads, tier
         self.online = self.evictor is not None and self.evictor.when == "online"
+        self.plain = self.evictor is None and self.selector is None  # whether all is kept in the tail and read
+        self.seals = self.online or self.selector is not None  # whether tokens leave the tail after the prompt
         self.needs = Needs() if self.evictor is None else self.evictor.requirements()
-        self.sizes, self._token_ids, self._tokenizer = sizes, token_ids, tokenizer
+        self.needs |= Needs() if self.selector is None else self.selector.requirements()
+        self.sizes, self.token_ids, self.tokenizer = sizes, token_ids, tokenizer
         self.clear()
 
     def clear(self) -> None:
         """Forget every token."""
         self.tail: Tail | None = None
         self.sink: Tiles | None = None
-        self.body: Tiles | None = None
+        self.body: Tiles | Indexed | None = None
         self.tokens = np.zeros(0, dtype=np.int64)  # seen by each row, padding left out
         self.open = True  # whether the prompt may still grow
-        self._split: Split | None = None  # frozen when the prompt ends
-        self.reads: np.ndarray | None = None  # tokens a query of each row reads under a selector, frozen with it
-        self._chosen = np.zeros(0, dtype=np.int64)  # tokens of each row from which a one-shot method chose
+        self.split: Split | None = None  # frozen when the prompt ends
+        self.past = Past()  # what the selector remembers of earlier queries
+        self.products: Tensor | None = None  # sum of |q.k| per key channel of the prompt, for selectors that calibrate
+        self.chosen = np.zeros(0, dtype=np.int64)  # tokens of each row from which a one-shot method chose
         self.until_seal = 0  # tokens until the next block is due
         self.queries: Tensor | None = None  # newest prompt queries, for votes
         self.draft: Draft | None = None
         self.spec = Spec(1.0)  # how the model attends, from the last chunk
+        self.home: Home | None = None  # host memory behind tiles, made with the tail
 
     # ------------------------------------------------------------------------------------------------ one chunk
     def forward(
@@ -78,7 +92,7 @@ class HeadGroup:
         `crop`; `drafts` is how many of the chunk's newest are drafts, None where nobody said.
         Returns fp32 [B, Hq, n, dv]."""
         n = q.shape[2]
-        if drafts and self.open and (self.evictor is not None or self.selector is not None):
+        if drafts and self.open and not self.plain:
             return prompt_then_drafts(self, q, k, v, new, spec, drafts)
         grows = recording and self.draft is not None and self.draft.before is not None
         if self.draft is not None and not (grows and self.draft.tokens + n <= LONGEST):
@@ -86,10 +100,12 @@ class HeadGroup:
         if self.tail is None:
             self.tail = Tail(k, v, ("mass",) if self.needs.mass else ())
             self.tokens = np.zeros(len(k), dtype=np.int64)
+            if self.tier is not None and self.selector is None:
+                self.home = Home(k.device, self.tier.attend)
         elif n == 1:
             self.finish_prefill()
         prompt = self.open or (n > 1 and not recording)
-        final = not recording or self.evictor is None or self.reversible or (self.open and drafts == 0)
+        final = not recording or self.plain or self.reversible or (self.open and drafts == 0)
         if final:
             return self.step(q, k, v, new, spec, prompt).out
         if new is None:
@@ -132,11 +148,11 @@ class HeadGroup:
         masses: _Masses | None = None,
     ) -> None:
         """Observe what the newest tokens' queries q, of log-sum-exp lse, attended to, and seal what has become due."""
-        if self.evictor is None:
+        if self.plain:
             return
         self.observe(q, lse, new, spec, prompt, masses)
         self.until_seal -= q.shape[2]
-        if self.online and (prompt or self.until_seal <= 0):
+        if self.seals and (prompt or self.until_seal <= 0):
             self.seal()
 
     def attend(self, q: Tensor, spec: Spec, prompt: bool, lse: bool) -> tuple[Partial, _Masses | None]:
@@ -144,11 +160,16 @@ class HeadGroup:
         what the body and the tail got of it, which spares a second pass over the keys."""
         assert self.tail is not None
         if self.selector is not None and not prompt:
-            return self._attend_selected(self.selector, q, spec, lse), None
+            return recall.attend(self, q, spec, lse), None
+        self.past = Past()  # a prompt's queries do not continue what was generated before it
         observed = self.needs.mass and self.online and q.shape[2] == 1
         kept = self.sink is not None or self.body is not None
         parts = [] if self.sink is None else [self.sink.attend(q, spec)]
-        body = None if self.body is None else self.body.attend(q, spec, probabilities=observed)
+        body = None
+        if isinstance(self.body, Tiles):
+            body = self.body.attend(q, spec, probabilities=observed)
+        elif self.body is not None:
+            body = self.body.attend(q, spec)
         if body is not None:
             parts.append(body)
         tail = self.tail.attend(
@@ -160,19 +181,10 @@ class HeadGroup:
         assert tail.p is not None and tail.lse is not None and merged.lse is not None
         tail_p = tail.p * (tail.lse - merged.lse).exp()
         tail_mass = tail_p.view(len(q), self.tail.k.shape[1], -1, tail_p.shape[-1]).sum(2)
-        if self.body is None or body is None:
+        if not isinstance(self.body, Tiles) or body is None:
             return merged, (tail_mass, None)
         assert body.p is not None and body.lse is not None
         return merged, (tail_mass, self.body.mass_of(body.p, (body.lse - merged.lse).exp()))
-
-    def _attend_selected(self, selector: Selector, q: Tensor, spec: Spec, lse: bool) -> Partial:
-        """Attention over what the selector reads; with budget for everything, what `full` does."""
-        assert self.tail is not None and self.reads is not None
-        chosen = None
-        if (self.tail.lengths > self.reads).any():
-            budget = torch.from_numpy(self.reads).to(q.device)
-            chosen = self.tail.select(q, spec, selector, budget)
-        return merge([self.tail.attend(q, spec, lse=lse or spec.sinks is not None, chosen=chosen)], spec.sinks)
 
     def _band(self, prompt: bool) -> tuple[int | None, int | Tensor]:
         """What a query sees of the tail; rows whose sink has left it have none there."""
@@ -195,7 +207,7 @@ class HeadGroup:
     ) -> None:
         """Keep what the evictor asked for; queries of padding count for nothing."""
         self.spec = spec
-        if self.needs.votes and self.open:
+        if self.open:
             self.remember(q, new)
         if self.needs.mass and (self.open or self.online):
             if masses is None or (new is not None and (new < q.shape[2]).any()):
@@ -203,9 +215,20 @@ class HeadGroup:
                 masses = self.mass(q, lse, new, prompt)
             self.add(*masses)
 
-    def remember(self, q: Tensor, new: np.ndarray | None) -> None:
-        """Carry the newest queries across prompt chunks, for the votes at its end."""
+    def remember(self, q: Tensor, new: np.ndarray | None, later: int = 0) -> None:
+        """Carry the newest prompt queries for the votes at its end, and add up what calibrations ask for; `later` tokens
+        have followed these."""
         n = q.shape[2]
+        if self.needs.products:
+            assert self.tail is not None
+            k = self.tail.k[:, :, self.tail.end - later - n : self.tail.end - later]
+            real = (
+                None if new is None else torch.arange(n, device=q.device) >= torch.from_numpy(n - new).to(q.device)[:, None]
+            )
+            found = channel_weight(q, k, real)
+            self.products = found if self.products is None else self.products + found
+        if not self.needs.votes:
+            return
         held = q if self.queries is None else torch.cat([self.queries, q], 2)
         if self.queries is not None and new is not None and (new < n).any():
             held = close_gaps(held, n - new, new)
@@ -220,13 +243,13 @@ class HeadGroup:
             padding = row < torch.from_numpy(n - new).to(q.device)[:, None]
             lse = lse.masked_fill(padding[:, None], float("inf"))
         tail = self.tail.column_mass(q, lse, self.spec, *self._band(prompt))
-        return tail, None if self.body is None else self.body.column_mass(q, lse, self.spec)
+        return tail, self.body.column_mass(q, lse, self.spec) if isinstance(self.body, Tiles) else None
 
     def add(self, tail: Tensor, body: Tensor | None) -> None:
         """Add attention got by the tail's live slots [B, H, live] and the body's [G, P] to their mass."""
         assert self.tail is not None
         self.tail.fields["mass"][:, :, self.tail.begin : self.tail.end] += tail
-        if self.body is not None and body is not None:
+        if isinstance(self.body, Tiles) and body is not None:
             self.body = self.body.with_fields(mass=self.body.fields["mass"] + body)
 
     # ------------------------------------------------------------------------------------------- moving tokens on
@@ -235,99 +258,31 @@ class HeadGroup:
         if not self.open or self.tail is None or not self.tokens.any():
             return
         self.settle()
-        if self.selector is not None:
-            self.reads = self.selector.tokens(self.tokens)
         if self.evictor is not None:
-            self._split = self.evictor.split(self.tokens, self.sizes)
+            self.split = self.evictor.split(self.tokens, self.sizes)
             if self.online:
-                self.seal()
+                evict.seal(self)
             else:
-                over = self.tokens > self._split.total
-                self._chosen = np.where(over, self.tokens, 0)
-                self._compress(np.where(over, self.tokens - self._split.recent, 0), self._split)
-                self.queries = None
-                self.tail.fields = {}
-                self.body = None if self.body is None else self.body.with_fields()
+                evict.choose_once(self)
         self.open = False
+        if self.selector is not None:
+            self.split = self.selector.split(self.tokens, self.sizes)
+            if isinstance(self.body, Tiles):
+                recall.index_kept(self)
+            recall.seal(self, closing=True)
 
     def seal(self) -> None:
-        """Move what is due out of the tail: whole blocks, counted from each row's first token."""
-        assert self.evictor is not None and self.tail is not None
-        split = self._split or self.evictor.split(self.tokens, self.sizes)
-        sealed = self.tokens - self.tail.lengths
-        due = np.maximum(split.total, sealed + split.recent + split.block)
-        target = (self.tokens - split.recent) // split.block * split.block
-        oldest = np.where(self.tokens >= due, np.maximum(target - sealed, 0), 0)
-        self._compress(oldest, split)
-        sealed += oldest
-        self.until_seal = int((np.maximum(split.total, sealed + split.recent + split.block) - self.tokens).min())
-
-    def _compress(self, oldest: np.ndarray, split: Split) -> None:
-        """Rank the body and the `oldest[r]` first tail tokens of each row together; keep the best as the new body."""
-        assert self.evictor is not None and self.tail is not None
-        if not oldest.any():
-            return
-        device, heads = self.tail.k.device, self.tail.k.shape[1]
-        m = int(oldest.max())
-        steps = torch.arange(m, device=device)
-        sealed = torch.from_numpy(self.tokens - self.tail.lengths).to(device)[:, None]
-        count = torch.from_numpy(oldest).to(device)[:, None]
-        begin = torch.from_numpy(self.tail.starts).to(device)[:, None]
-        position = (sealed + steps).int()
-        slot = torch.where(steps < count, begin + steps, -1)[:, None].expand(-1, heads, -1)
-        is_sink = (position < torch.from_numpy(split.sink).to(device)[:, None]) & (slot[:, 0] >= 0)
-
-        candidates = Candidates(self.body, self.tail, slot, position[:, None].expand_as(slot))
-        rankable = candidates.valid.clone()
-        rankable[..., candidates.from_body :] &= ~is_sink[:, None]
-        view = View(
-            candidates.positions,
-            candidates.valid,
-            candidates.field("mass") if self.needs.mass else None,
-            self._votes(candidates, split) if self.needs.votes else None,
-            self._fetch(candidates),
-            torch.from_numpy(np.arange(heads) if self.heads is None else self.heads).to(device),
-            self._tokenizer,
-        )
-        keep = self.evictor.keep(view, rankable, torch.from_numpy(split.body).to(device)) & rankable
-        body = candidates.gather(keep)
-        if is_sink.any():
-            first = Candidates(self.sink, self.tail, slot, position[:, None].expand_as(slot))
-            chosen = first.valid.clone()
-            chosen[..., first.from_body :] &= is_sink[:, None]
-            self.sink = first.gather(chosen, fields=False)
-        self.body = body
-        self.tail.drop(oldest)
-
-    def _votes(self, candidates: Candidates, split: Split) -> Tensor:
-        """Probability the candidates got from the newest prompt queries, at most `recent`, averaged over each group's
-        query heads."""
-        assert self.tail is not None and self.queries is not None
-        spec = self.spec
-        group = self.queries.shape[1] // self.tail.k.shape[1]
-        lse = merge([self.tail.attend(self.queries, spec)], spec.sinks).lse
-        assert lse is not None
-        n = lse.shape[2]
-        silent = torch.from_numpy(n - np.minimum(split.recent, n)).to(lse.device)[:, None]
-        lse = lse.masked_fill((torch.arange(n, device=lse.device) < silent)[:, None], float("inf"))
-        mass = self.tail.column_mass(self.queries, lse, spec) / group
-        return candidates.take_tail(torch.nn.functional.pad(mass, (self.tail.begin, 0))).masked_fill(~candidates.valid, 0)
-
-    def _fetch(self, candidates: Candidates) -> Callable[[str], Tensor]:
-        def fetch(what: str) -> Tensor:
-            if what != "token_ids":
-                return candidates.vectors(what)
-            if self._token_ids is None:
-                raise ValueError("token ids were not asked for: declare needs = Needs(token_ids=True)")
-            return self._token_ids(candidates.positions)
-
-        return fetch
+        """Move what is due out of the tail, and note when the next block will be."""
+        if self.selector is not None:
+            recall.seal(self)
+        else:
+            evict.seal(self)
 
     # ------------------------------------------------------------------------------------------------- rolling back
     @property
     def reversible(self) -> bool:
         """Whether forgetting the newest tokens leaves no trace: nothing is observed or sealed any more."""
-        return not self.open and not self.online
+        return not self.open and not self.seals
 
     def settle(self) -> None:
         """Let whatever is still provisional stay."""
@@ -344,7 +299,7 @@ class HeadGroup:
             return
         held = 0 if self.tail is None else int(self._retractable().min())
         if n > held:
-            name = "full" if self.evictor is None else self.evictor.name
+            name = next((method.name for method in (self.evictor, self.selector) if method is not None), "full")
             raise ValueError(
                 f"cannot take back {n} tokens from a {name} cache: only the newest {held} have left no mark; call "
                 "cache.activate_past_recording() before the tokens arrive"
@@ -353,11 +308,15 @@ class HeadGroup:
     def _retractable(self) -> np.ndarray:
         """How many of each row's newest tokens can be dropped without a trace, nothing being provisional."""
         assert self.tail is not None
-        if self.evictor is None:
+        if self.plain:
             return self.tail.lengths
-        if not self.reversible:
+        if self.selector is not None and self.evictor is None:
+            leaves_marks = self.needs.products if self.open else self.selector.remembers
+        else:
+            leaves_marks = not self.reversible
+        if leaves_marks:
             return np.zeros_like(self.tokens)
-        since = self.tokens - self._chosen if len(self._chosen) else self.tokens
+        since = self.tokens - self.chosen if len(self.chosen) else self.tokens
         free: np.ndarray = np.minimum(self.tail.lengths, since)
         return free
 
@@ -391,9 +350,10 @@ class HeadGroup:
     def copy(self, token_ids: TokenIds | None) -> HeadGroup:
         """An independent group in the same state; what is provisional becomes final in both."""
         self.settle()
-        twin = HeadGroup(self.evictor, self.sizes, token_ids, self._tokenizer, self.selector, self.heads)
-        twin.__dict__.update({**self.__dict__, "_token_ids": token_ids})
+        twin = HeadGroup(self.evictor, self.sizes, token_ids, self.tokenizer, self.selector, self.heads, self.tier)
+        twin.__dict__.update({**self.__dict__, "token_ids": token_ids})
         twin.tail = None if self.tail is None else self.tail.copy()
+        twin.body = self.body.copy() if isinstance(self.body, Indexed) else self.body
         return twin
 
     def adopt(self, other: HeadGroup, kv_heads: Tensor | None, q_heads: Tensor | None) -> None:
@@ -409,7 +369,10 @@ class HeadGroup:
             assert other.queries is not None
             queries = other.queries[:, :, -self.needs.votes :]
             self.queries = queries.clone() if q_heads is None else queries[:, q_heads]
-        if self.online:
+        if self.needs.products:
+            assert other.products is not None
+            self.products = other.products.clone() if kv_heads is None else other.products[:, kv_heads]
+        if self.seals:
             self.seal()
 
     def reorder(self, rows: Tensor) -> None:
@@ -419,15 +382,18 @@ class HeadGroup:
         self.settle()
         self.tail.reorder(rows)
         self.sink = None if self.sink is None else self.sink.reorder(rows)
-        self.body = None if self.body is None else self.body.reorder(rows)
+        if isinstance(self.body, Tiles):
+            self.body = self.body.reorder(rows)
+        elif self.body is not None:
+            self.body.reorder(rows)
         self.queries = None if self.queries is None else self.queries.index_select(0, rows)
-        split = [] if self._split is None else [self._split.sink, self._split.recent, self._split.block, self._split.body]
-        chosen = [self._chosen] if len(self._chosen) else []
-        reads = [] if self.reads is None else [self.reads]
-        per_row = [self.tokens, *chosen, *split, *reads]
+        self.products = None if self.products is None else self.products.index_select(0, rows)
+        self.past = self.past.reorder(rows)
+        split = [] if self.split is None else [self.split.sink, self.split.recent, self.split.block, self.split.body]
+        chosen = [self.chosen] if len(self.chosen) else []
+        per_row = [self.tokens, *chosen, *split]
         if len(rows) != len(self.tokens) or any((x != x[0]).any() for x in per_row):  # else no need to ask the device
             order = rows.cpu().numpy()
             self.tokens = self.tokens[order]
-            self._chosen = self._chosen[order] if len(self._chosen) else self._chosen
-            self._split = Split(*(x[order] for x in split)) if split else None
-            self.reads = None if self.reads is None else self.reads[order]
+            self.chosen = self.chosen[order] if len(self.chosen) else self.chosen
+            self.split = Split(*(x[order] for x in split)) if split else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvlib import census
 from kvlib.group import HeadGroup, TokenIds
+from kvlib.offload.resident import Traffic
 from kvlib.segment import Spec
 
 
@@ -191,7 +192,7 @@ class Layer:
             return None
         group = self.groups[0]
         tail = group.tail
-        if tail is None or group.sink is not None or group.body is not None or tail.repacked or group.evictor is not None:
+        if tail is None or group.sink is not None or group.body is not None or tail.repacked or not group.plain:
             return None
         return tail.k[:, :, : tail.end], tail.v[:, :, : tail.end]
 
@@ -250,16 +251,22 @@ class Layer:
                     rows[r][i if heads is None else heads[i]] = found
         return rows
 
-    def nbytes(self, used: bool, seen: set[int]) -> dict[str, int]:
-        """Bytes by part; see `Cache.nbytes`."""
-        total: dict[str, int] = {}
+    def traffic(self) -> Traffic:
+        """What reading cost between host and device so far."""
+        found = [census.traffic(group) for group in self.groups]
+        return Traffic(*(sum(column) for column in zip(*found, strict=True)))
+
+    def nbytes(self, used: bool, seen: set[int]) -> dict[tuple[str, str], int]:
+        """Bytes by (tier, part); see `Cache.nbytes`."""
+        total: dict[tuple[str, str], int] = {}
         for group in self.groups:
-            for part, size in census.nbytes(group, used, seen).items():
-                total[part] = total.get(part, 0) + size
+            for place, size in census.nbytes(group, used, seen).items():
+                total[place] = total.get(place, 0) + size
         index = [x for pair in self._index or [] for x in pair]
         if self._inverse is not None:
             index.append(self._inverse)
-        total["statistics"] = total.get("statistics", 0) + sum(x.nbytes for x in index)
+        place = ("device", "statistics")
+        total[place] = total.get(place, 0) + sum(x.nbytes for x in index)
         return total
 
 

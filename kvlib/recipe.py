@@ -13,19 +13,22 @@ import kvlib.policies  # noqa: F401  (registers the methods)
 from kvlib.notation import build, nearest, read_call, read_value, split
 from kvlib.policies.base import (
     BudgetedEvictor,
+    Composition,
     Evictor,
     HeadSplit,
+    Method,
+    Needs,
     RecipeError,
-    Selector,
     Sizes,
     check_whole,
     parameters,
     registered,
 )
+from kvlib.policies.selection import Selector
+from kvlib.policies.tier.host import Host
 
 ROLES = ("heads", "evict", "select", "codec", "tier", "prefill")
 _SIZES = ("sink", "recent", "block")
-_TIERS = ("device",)
 _PREFILLS = ("dense",)
 
 
@@ -34,8 +37,8 @@ class Recipe:
     """One choice per role: which heads form groups, what is evicted, read, encoded, where it lives, how prompts attend.
 
     heads: a `HeadSplit` or None.  evict: an `Evictor` or None (keep everything).  select: a `Selector` or None (read
-    everything).  codec: None (keep it as it is).  tier: "device".  prefill: "dense".  sink, recent, block: sizes in tokens
-    that override what the evictor would choose from its budget.
+    everything).  codec: None (keep it as it is).  tier: a `Host`, or None: the body stays on the device.  prefill: "dense".
+    sink, recent, block: sizes in tokens that override what the evictor or the selector would choose from its budget.
 
     Raises RecipeError where the combination cannot work.
     """
@@ -44,47 +47,92 @@ class Recipe:
     evict: Evictor | None = None
     select: Selector | None = None
     codec: None = None
-    tier: str = "device"
+    tier: Host | None = None
     prefill: str = "dense"
     sink: int | None = None
     recent: int | None = None
     block: int | None = None
 
     def __post_init__(self) -> None:
-        for role, kind in (("heads", HeadSplit), ("evict", Evictor), ("select", Selector)):
+        for role, kind in (("heads", HeadSplit), ("evict", Evictor), ("select", Selector), ("tier", Host)):
             value = getattr(self, role)
             if value is not None and not isinstance(value, kind):
                 raise RecipeError("recipe", role, value, f"give a method of the role {role!r} or None")
         if self.codec is not None:
             raise RecipeError("recipe", "codec", self.codec, "no method has this role yet: leave it None")
-        if self.select is not None and self.evict is not None:
-            remedy = f"it chooses from all tokens, and {self.evict.name} drops some of them: a recipe takes one of the two"
-            raise RecipeError(self.select.name, None, None, remedy)
-        if self.tier not in _TIERS:
-            raise RecipeError("recipe", "tier", self.tier, f"give one of {', '.join(_TIERS)}")
         if self.prefill not in _PREFILLS:
             raise RecipeError("recipe", "prefill", self.prefill, f"give one of {', '.join(_PREFILLS)}")
         for size in _SIZES:
             if getattr(self, size) is not None:
                 check_whole("recipe", size, getattr(self, size), 1 if size == "block" else 0)
+        if self.select is not None and self.evictor is not None:
+            self._check_pair(self.evictor, self.select)
+        if self.tier is not None:
+            self._check_tier(self.tier)
         self._check_sizes()
+
+    def _check_pair(self, evict: Evictor, select: Selector) -> None:
+        """An evictor and a selector go together where the evictor acts once, before units are formed."""
+        if self.evict is not None and select.evictor() is not None:
+            remedy = f"it evicts by itself, and so does {evict.name}: leave one out (sentencekv(r=inf) evicts nothing)"
+            raise RecipeError(select.name, None, None, remedy)
+        if evict.when == "online":
+            remedy = (
+                f"it chooses among units that stay, and {evict.name} drops single tokens of them while decoding: use an "
+                "evictor that acts once, when the prompt ends (h2o_prefill, snapkv)"
+            )
+            raise RecipeError(select.name, None, None, remedy)
+        if getattr(evict, "adaptive", False):
+            remedy = f"{evict.name}(adaptive=True) leaves each head another number of tokens to choose from: leave it out"
+            raise RecipeError(select.name, None, None, remedy)
+        if select.run > 1:
+            remedy = f"its pages need neighbouring tokens, and {evict.name} leaves gaps: use clusterkv or sentencekv"
+            raise RecipeError(select.name, None, None, remedy)
+        if select.requirements().products:
+            remedy = f"it calibrates on the whole prompt, of which {evict.name} keeps a part: use clusterkv or sentencekv"
+            raise RecipeError(select.name, None, None, remedy)
+
+    def _check_tier(self, tier: Host) -> None:
+        if self.evict is not None and self.evict.bodiless:
+            remedy = f"{self.evict.name} keeps nothing between its first and its newest tokens: leave '@ host' out"
+            raise RecipeError("host", None, None, remedy)
+        if self.select is None:
+            return
+        if self.select.scope == "query_head":
+            remedy = "the query heads of a KV head would each fetch a list of their own: leave scope out"
+            raise RecipeError(self.select.name, "scope", self.select.scope, remedy)
+        if self.select.reads_keys and tier.attend:
+            remedy = f"{self.select.name} reads every key at every step, so its keys stay on the device: use '@ host'"
+            raise RecipeError("host", "attend", True, remedy)
 
     def _check_sizes(self) -> None:
         written = [size for size in _SIZES if getattr(self, size) is not None]
-        if self.evict is None:
-            if written:
+        chooser = self.evict if self.select is None else self.select
+        if chooser is None:
+            if written and self.tier is None:
                 value = getattr(self, written[0])
-                raise RecipeError("recipe", written[0], value, "nothing is evicted: add an evictor or leave it out")
+                raise RecipeError("recipe", written[0], value, "nothing is evicted or selected: leave it out")
             return
-        if self.block is not None and self.evict.when == "prefill_end":
-            remedy = f"{self.evict.name} evicts once, when the prompt ends, and has no blocks: leave it out"
+        if self.block is not None and isinstance(chooser, Evictor) and chooser.when == "prefill_end":
+            remedy = f"{chooser.name} evicts once, when the prompt ends, and has no blocks: leave it out"
             raise RecipeError("recipe", "block", self.block, remedy)
-        if isinstance(self.evict, BudgetedEvictor) and isinstance(self.evict.budget, int):
+        budget = getattr(chooser, "budget", None)
+        if isinstance(chooser, BudgetedEvictor | Selector) and isinstance(budget, int):
             taken = sum(getattr(self, size) or 0 for size in written)
-            if taken > self.evict.budget:
+            if taken > budget:
                 remedy = f"{' + '.join(f'{s}={getattr(self, s)}' for s in written)} exceed it: give {taken} or more"
-                raise RecipeError(self.evict.name, "budget", self.evict.budget, remedy)
-        self.evict.split(np.ones(1, dtype=np.int64), self.sizes)
+                raise RecipeError(chooser.name, "budget", budget, remedy)
+        chooser.split(np.ones(1, dtype=np.int64), self.sizes)
+
+    @property
+    def evictor(self) -> Evictor | None:
+        """What evicts: the evictor, or what the selector gives up by itself."""
+        return self.select.evictor() if self.evict is None and self.select is not None else self.evict
+
+    def needs(self) -> dict[str, Needs]:
+        """What each method must be given, by its name."""
+        found = {} if self.evictor is None else {self.evictor.name: self.evictor.requirements()}
+        return found if self.select is None else {**found, self.select.name: self.select.requirements()}
 
     @property
     def sizes(self) -> Sizes:
@@ -95,18 +143,18 @@ class Recipe:
     def lossy(self) -> bool:
         """Whether a token can be given up for good."""
         streams = self.heads is not None and self.heads != self.heads.unlimited()
-        return streams or (self.evict is not None and self.evict.evicts())
+        return streams or (self.evictor is not None and self.evictor.evicts())
 
     @property
     def dense_prompt(self) -> bool:
         """Whether a prompt read in one piece is attended as `full` attends it, so that several recipes can share it."""
-        evictors = [self.evict, self.heads.streaming() if self.heads else None]
+        evictors = [self.evictor, self.heads.streaming() if self.heads else None]
         return all(evictor is None or evictor.band(prompt=True) == (None, 0) for evictor in evictors)
 
     @property
     def chunk_invariant(self) -> bool:
         """Whether a prompt fed in chunks gives what the whole prompt gives."""
-        evictors = [self.evict, self.heads.streaming() if self.heads else None]
+        evictors = [self.evictor, self.heads.streaming() if self.heads else None]
         return all(evictor is None or evictor.chunk_invariant for evictor in evictors)
 
     def unlimited(self) -> Recipe:
@@ -119,13 +167,14 @@ class Recipe:
     def __str__(self) -> str:
         terms = [str(method) for method in (self.heads, self.evict, self.select) if method is not None]
         terms += [f"{size}={getattr(self, size)}" for size in _SIZES if getattr(self, size) is not None]
-        return " + ".join(terms) or "full"
+        where = "" if self.tier is None else f" @ {self.tier}"
+        return (" + ".join(terms) or "full") + where
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
         """Read `"method(argument=value, ...) + method + sink=4"`; `Recipe.parse(str(recipe)) == recipe`.
 
-        Values are Python literals or bare words (paths).  `@ device` names the tier.  Raises RecipeError.
+        Values are Python literals or bare words (paths).  `@ host` or `@ device` names the tier.  Raises RecipeError.
         """
         if isinstance(text, Recipe):
             return text
@@ -134,14 +183,12 @@ class Recipe:
         body, tier = _split_tier(text)
         roles: dict[str, Any] = {}
         for term in split(body, "+"):
-            role, value = _term(term.strip(), text)
-            if role is None:
-                continue
-            if role in roles:
-                _refuse_second(role, roles[role], value)
-            roles[role] = value
-        if tier is not None:
-            roles["tier"] = tier
+            for role, value in _term(term.strip(), text):
+                if role in roles:
+                    _refuse_second(role, roles[role], value)
+                roles[role] = value
+        if tier is not None and tier != "device":
+            roles["tier"] = _tier(tier, text)
         return cls(**roles)
 
 
@@ -171,23 +218,37 @@ def methods() -> list[dict[str, Any]]:
     return rows
 
 
-def _term(term: str, text: str) -> tuple[str | None, Any]:
-    """One term of a recipe: (role, value), or (None, None) for `full`."""
+def _term(term: str, text: str) -> list[tuple[str, Any]]:
+    """One term of a recipe as (role, value) pairs: none for `full`, several for a method that is a composition."""
     size = re.fullmatch(r"(\w+)\s*=\s*(.*)", term, re.DOTALL)
     if size:
         if size[1] not in _SIZES:
             raise RecipeError("recipe", size[1], size[2], nearest(size[1], _SIZES, "size"))
-        return size[1], read_value(size[2])
+        return [(size[1], read_value(size[2]))]
     name, arguments = read_call(term, text)
     if name == "full":
         if arguments.strip():
             raise RecipeError("full", None, arguments, f"takes no arguments, not {arguments!r}: write full")
-        return None, None
-    known = registered()
+        return []
+    known = {key: method for key, method in registered().items() if method.role != "tier"}
     if name not in known:
-        raise RecipeError(name, None, name, nearest(name, [*known, "full"], "method"))
-    method = known[name]
-    return method.role, build(method, arguments)
+        tiers = [key for key, method in registered().items() if method.role == "tier"]
+        remedy = (
+            f"it is a tier: write it last, as '@ {name}'" if name in tiers else nearest(name, [*known, "full"], "method")
+        )
+        raise RecipeError(name, None, name, remedy)
+    method: Method = build(known[name], arguments)
+    parts = method.parts() if isinstance(method, Composition) else (method,)
+    return [(part.role, part) for part in parts]
+
+
+def _tier(term: str, text: str) -> Any:
+    """The tier written after `@`."""
+    name, arguments = read_call(term, text)
+    known = {key: method for key, method in registered().items() if method.role == "tier"}
+    if name not in known:
+        raise RecipeError("recipe", "tier", term, nearest(name, [*known, "device"], "tier"))
+    return build(known[name], arguments)
 
 
 def _split_tier(text: str) -> tuple[str, str | None]:

@@ -22,6 +22,7 @@ def report(cache: Cache) -> str:
     )
     lines += _tokens(cache)
     lines += _bytes(cache)
+    lines += _selection(cache)
     if cache.table is not None:
         lines.append(_heads(cache))
     lines.append("ran         attention, merge and column mass: torch reference (no Triton kernels in this version)")
@@ -43,13 +44,38 @@ def _tokens(cache: Cache) -> list[str]:
 
 
 def _bytes(cache: Cache) -> list[str]:
+    tiers = {name: size for name, size in cache.nbytes().items() if size}
     parts = {name: size for name, size in cache.nbytes(by="part").items() if size}
     total = sum(parts.values())
     full = cache.full_nbytes()
     own = total - parts.get("stock", 0)
     share = f"; kvlib's layers {100 * own / full:.1f} % of the {full:,} that all their tokens would take" if full else ""
     split = ", ".join(f"{name} {size:,}" for name, size in parts.items())
-    return [f"bytes       {total:,} allocated on the device{share}" + (f" ({split})" if split else "")]
+    where = " and ".join(f"{size:,} allocated on the {name}" for name, size in tiers.items()) or "0 allocated"
+    return [f"bytes       {where}{share}" + (f" ({split})" if split else "")]
+
+
+def _selection(cache: Cache) -> list[str]:
+    """How a selector finds what it reads, and what that cost."""
+    lines = []
+    select = cache.recipe.select
+    attended = cache.attended()[torch.from_numpy(cache.managed_layers)]
+    kept = cache.kept()[torch.from_numpy(cache.managed_layers)]
+    if select is not None and kept.numel():
+        parts, used = cache.nbytes(by="part"), cache.nbytes(by="part", used=True)
+        share = 100 * used["index"] / max(1, used["body"])
+        lines.append(
+            f"reads       {int(attended.min())} to {int(attended.max())} tokens per head and query "
+            f"({100 * int(attended.sum()) / max(1, int(kept.sum())):.1f} % of those held); index {parts['index']:,} bytes, "
+            f"{share:.1f} % of the body's keys and values"
+        )
+        if select.remark():
+            lines.append(f"selector    {select.remark()}")
+    if cache.recipe.tier is not None:
+        hits, misses, moved = cache.traffic()
+        rate = f"hit rate {100 * hits / (hits + misses):.1f} % of {hits + misses:,} runs; " if hits + misses else ""
+        lines.append(f"host        {rate}{moved:,} bytes moved to the device")
+    return lines
 
 
 def _heads(cache: Cache) -> str:

@@ -19,7 +19,7 @@ from kvlib.kernels.column_mass import column_mass
 from kvlib.kernels.merge import merge_segments
 
 if TYPE_CHECKING:
-    from kvlib.policies.base import Selector
+    from kvlib.home import Home
 
 TILE = 32  # tokens per tile where heads hold different counts
 
@@ -41,10 +41,12 @@ def slack(tokens: int) -> int:
     return max(64, int(0.06 * tokens))
 
 
-def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty(
+    shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Tensor:
     """Storage that outlives the call: never an inference tensor, so that it can be written in any later mode."""
     with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device)
 
 
 def close_gaps(x: Tensor, gap: np.ndarray, new: np.ndarray) -> Tensor:
@@ -178,21 +180,12 @@ class Tail:
         sink: int | Tensor = 0,
         lse: bool = True,
         probabilities: bool = False,
-        chosen: Tensor | None = None,
     ) -> Partial:
         """Causal attention of q [B, Hq, n, d], the queries of the newest n slots; see `Visible` for window and sink.
-        Probabilities start at the first live slot of any row, as does `chosen` from `select`, all that is read then."""
+        Probabilities start at the first live slot of any row."""
         begin, visible = self._visible(window, sink)
-        if chosen is not None:
-            visible = Visible(mask=chosen.repeat_interleave(q.shape[1] // self.k.shape[1], 1))
         k, v = self.k[:, :, begin : self.end], self.v[:, :, begin : self.end]
         return attention(q, k, v, spec.scale, visible, spec.softcap, lse, probabilities)
-
-    def select(self, q: Tensor, spec: Spec, selector: Selector, budget: Tensor) -> Tensor:
-        """Mask [B, H, n, live] of the slots that a selector reads for q [B, Hq, n, d], `budget` [B] each."""
-        begin, visible = self._visible(None, 0)
-        k = self.k[:, :, begin : self.end]
-        return selector.select(q, k, spec.scale, visible, spec.softcap, spec.sinks, budget)
 
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec, window: int | None = None, sink: int | Tensor = 0) -> Tensor:
         """Probability collected by each slot from the first live one of any row, [B, H, end - begin]."""
@@ -266,6 +259,7 @@ class Tiles:
     fields: dict[str, Tensor]  # [G, P] fp32 each
     segment: Tensor | None
     fill: Tensor | None
+    home: Home | None = None  # where k and v live, None: with the rest
 
     def _tiled(self, x: Tensor) -> Tensor:
         """Rows of x [B, H * g, ...] as one group per tile: [G, g, ...]."""
@@ -278,6 +272,8 @@ class Tiles:
     def attend(self, q: Tensor, spec: Spec, probabilities: bool = False) -> Partial:
         """Attention of q [B, Hq, n, d] over all kept tokens; every query row sees all of them.  Probabilities are
         [G, g, P], normalised over the kept tokens of their head."""
+        if self.home is not None:
+            return self.home.attend(self, q, spec, probabilities)
         k, v = self.k[:, None], self.v[:, None]
         tiles = attention(self._tiled(q), k, v, spec.scale, self._visible(), spec.softcap, probabilities=probabilities)
         out, lse, p = tiles
@@ -292,6 +288,8 @@ class Tiles:
 
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec) -> Tensor:
         """Probability collected by each slot, [G, P]."""
+        if self.home is not None:
+            return self.home.bring(self).column_mass(q, lse, spec)
         k, lse = self.k[:, None], self._tiled(lse)
         return column_mass(self._tiled(q), k, lse, spec.scale, self._visible(), spec.softcap)[:, 0]
 
@@ -324,8 +322,9 @@ class Tiles:
         fill = None if self.fill is None else self.fill.index_select(0, tiles)
         fields = {name: field.index_select(0, tiles) for name, field in self.fields.items()}
         owner = None if segment is None else torch.from_numpy(segment).to(tiles.device)
-        k, v, positions = (x.index_select(0, tiles) for x in (self.k, self.v, self.positions))
-        return Tiles(k, v, counts, positions, fields, owner, fill)
+        k, v, positions = (x.index_select(0, tiles.to(x.device)) for x in (self.k, self.v, self.positions))
+        picked = Tiles(k, v, counts, positions, fields, owner, fill)
+        return picked if self.home is None else self.home.settle(picked)
 
     def mass_of(self, p: Tensor, share: Tensor) -> Tensor:
         """Mass [G, P] of one query row: its probabilities p from `attend`, of which this segment has `share` [B, Hq, 1]."""

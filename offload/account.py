@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 TIERS = ("device", "host", "disk")
+PARTS = ("sink", "body", "tail", "index", "slots", "statistics", "staging", "stock")
 
 
 def allocated(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:

@@ -1,30 +1,45 @@
 """The methods, a file each, named like the paper.  Importing this package registers all of them."""
 
-from kvlib.policies.base import BudgetedEvictor, Evictor, HeadSplit, Method, Needs, RecipeError, Selector, View, register
+from kvlib.policies.base import BudgetedEvictor, Evictor, HeadSplit, Method, Needs, RecipeError, View, register
 from kvlib.policies.evict.h2o import H2O, H2OPrefill
 from kvlib.policies.evict.random_eviction import RandomEviction
 from kvlib.policies.evict.snapkv import SnapKV
 from kvlib.policies.evict.streaming_llm import StreamingLLM
 from kvlib.policies.heads.duo_attention import DuoAttention
 from kvlib.policies.heads.table import HeadTable
+from kvlib.policies.select.clusterkv import ClusterKV
+from kvlib.policies.select.double_sparsity import DoubleSparsity
+from kvlib.policies.select.lserve import LServe
 from kvlib.policies.select.oracle import Oracle
+from kvlib.policies.select.quest import Quest
+from kvlib.policies.select.sentencekv import SentenceKV
+from kvlib.policies.select.tokenselect import TokenSelect
+from kvlib.policies.selection import Selector
+from kvlib.policies.tier.host import Host
 
 __all__ = [
     "H2O",
     "BudgetedEvictor",
+    "ClusterKV",
+    "DoubleSparsity",
     "DuoAttention",
     "Evictor",
     "H2OPrefill",
     "HeadSplit",
     "HeadTable",
+    "Host",
+    "LServe",
     "Method",
     "Needs",
     "Oracle",
+    "Quest",
     "RandomEviction",
     "RecipeError",
     "Selector",
+    "SentenceKV",
     "SnapKV",
     "StreamingLLM",
+    "TokenSelect",
     "View",
     "register",
 ]

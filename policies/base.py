@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
-from kvlib.kernels.attention import Visible
 from kvlib.kernels.ranking import best, best_shared
 
 if TYPE_CHECKING:
@@ -77,14 +76,26 @@ class Needs:
 
     mass:   probability each key collected from every query so far (`View.mass`).
     votes:  probability each key collected from the last `votes` prompt queries (`View.votes`).
+    products: the prompt's sum of |q.k| per key channel, each token with itself (`Selector.calibrate`).
     token_ids: the ids behind the tokens (`View.token_ids`).
     tokenizer: the tokenizer, to read them (`View.tokenizer`).
     """
 
     mass: bool = False
     votes: int = 0
+    products: bool = False
     token_ids: bool = False
     tokenizer: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        """What both need."""
+        return Needs(
+            self.mass or other.mass,
+            max(self.votes, other.votes),
+            self.products or other.products,
+            self.token_ids or other.token_ids,
+            self.tokenizer or other.tokenizer,
+        )
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,7 @@ class Evictor(Method):
     when: ClassVar[Literal["online", "prefill_end"]] = "prefill_end"
     needs: ClassVar[Needs] = Needs()
     chunk_invariant: ClassVar[bool] = True  # whether a prompt in chunks gives what the whole prompt gives
+    bodiless: ClassVar[bool] = False  # whether nothing is kept between the first and the newest tokens
 
     @abstractmethod
     def evicts(self) -> bool:
@@ -253,9 +265,10 @@ class BudgetedEvictor(Evictor):
         return dataclasses.replace(self, budget=1.0)
 
 
-def shares(budget: np.ndarray, sizes: Sizes, block: int, recent: int | None = None, sink: int = 4) -> Split:
+def shares(budget: np.ndarray, sizes: Sizes, block: int, recent: int | None = None, sink: int = 4, step: int = 1) -> Split:
     """The house rule for splitting a budget: sink <= budget / 8, recent <= budget / 2, block <= budget / 4, the rest is
-    body.  By default recent and body are equal.  A size the recipe prescribes is taken as it is."""
+    body.  By default recent and body are equal.  A size the recipe prescribes is taken as it is; blocks are whole
+    multiples of `step`."""
     sinks = np.minimum(sink, budget // 8) if sizes.sink is None else np.full_like(budget, sizes.sink)
     if block == 0:
         blocks = np.zeros_like(budget)
@@ -263,6 +276,7 @@ def shares(budget: np.ndarray, sizes: Sizes, block: int, recent: int | None = No
         blocks = np.clip(budget // 4, 1, block)
     else:
         blocks = np.minimum(sizes.block, np.maximum(budget - 1, 1))
+    blocks = np.maximum(blocks // step, block > 0) * step
     if sizes.recent is not None:
         recents = np.full_like(budget, sizes.recent)
     elif recent is None:
@@ -276,42 +290,18 @@ def shares(budget: np.ndarray, sizes: Sizes, block: int, recent: int | None = No
 
 
 @dataclass(frozen=True)
-class Selector(Method):
-    """Decides which of the tokens held a query reads once the prompt has ended; prompts read everything."""
+class Composition(Method):
+    """A published method that is several roles at once: a name for the methods it is made of."""
 
-    role: ClassVar[str] = "select"
-    lossless_recall: ClassVar[bool] = True
-
-    budget: Budget = 0.25
-
-    def __post_init__(self) -> None:
-        check_budget(self.name, self.budget, 1)
+    role: ClassVar[str] = "recipe"
 
     @abstractmethod
-    def select(
-        self,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        visible: Visible,
-        softcap: float | None,
-        sinks: Tensor | None,
-        budget: Tensor,
-    ) -> Tensor:
-        """Mask [B, H, n, T] of the keys k [B, H, T, d] that the query rows q [B, Hq, n, d] read, `budget` [B] per row and
-        KV head; see `kernels.attention` for the rest."""
-
-    def selects(self) -> bool:
-        """Whether the budget is less than everything."""
-        return not (isinstance(self.budget, float) and self.budget == 1.0)
-
-    def tokens(self, seen: np.ndarray) -> np.ndarray:
-        """The budget in tokens, [B]."""
-        return budget_tokens(self.budget, seen, 1)
+    def parts(self) -> tuple[Method, ...]:
+        """The methods it stands for, one per role."""
 
     def unlimited(self) -> Self:
-        """The same method at `budget=1.0`."""
-        return dataclasses.replace(self, budget=1.0)
+        """The same: what can be limited are its parts."""
+        return self
 
 
 @dataclass(frozen=True)

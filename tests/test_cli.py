@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvlib.policies.select.channels import ChannelTable
+
 MODEL = Path(__file__).parent / "data" / "tiny_retriever"
 
 
@@ -100,6 +102,20 @@ def test_heads_are_identified_and_used(tmp_path, text):
         *("--recipe", f"duo_attention(heads='{table}', sink=4, recent=32)", "--out", tmp_path),
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_channels_are_identified(tmp_path):
+    path = tmp_path / "channels.tsv"
+    done = kvlib("channels", "identify", "--model", "tiny", "--blocks", 3, "--length", 64, "--out", path)
+    assert done.returncode == 0, done.stderr
+    table = ChannelTable.load(path)
+    layers, kv_heads, d = table.order.shape
+    assert f"{layers} layers of {kv_heads} KV heads; {d // 4} of {d} channels carry" in done.stdout.replace("\n", " ")
+    assert table.header["blocks"] == 3 and table.header["length"] == 64
+    assert (table.weight > 0).all()
+    done = kvlib("channels", "identify", "--model", "tiny", "--text", __file__, "--out", tmp_path / "other.tsv")
+    assert done.returncode == 2 and "leave the text out" in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "other.tsv").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,15 +24,48 @@ RECIPES = [
     "snapkv(budget=0.3, window=8, adaptive=True)",
     "random(budget=32)",
     "random(budget=0.25, adaptive=True)",
-    "oracle(budget=16)",
     "oracle(budget=0.25)",
-    "duo_attention(sparsity=0.5, sink=4, recent=16) + oracle(budget=24)",
     "streaming_llm(sink=4, recent=24)",
     "streaming_llm(sink=4, recent=24, exact=True)",
     "duo_attention(sparsity=0.5, sink=4, recent=16)",
     "duo_attention(sparsity=0.5, sink=4, recent=16, exact=True) + h2o(budget=32)",
     "duo_attention(sparsity=0.34, sink=4, recent=16) + snapkv(budget=32, window=8, adaptive=True)",
     "duo_attention(sparsity=1.0, sink=4, recent=16) + streaming_llm(sink=1, recent=9)",
+]
+
+
+SELECTORS = [
+    "oracle(budget=16)",
+    "quest(budget=24, page=4)",
+    "clusterkv(budget=24, cluster=6)",
+    "sentencekv(budget=24, r=inf)",
+    "tokenselect(budget=24)",
+    "double_sparsity(budget=24, factor=2)",
+]
+SPLIT = "duo_attention(sparsity=0.5, sink=4, recent=16)"
+TIERS = ["", " @ host", " @ host(attend=True)"]
+RECIPES += [split + selector + tier for selector in SELECTORS for split in ("", SPLIT + " + ") for tier in TIERS]
+RECIPES = [r for r in RECIPES if not ("attend" in r and ("oracle" in r or "tokenselect" in r))]  # refused: test_recipe.py
+RECIPES += [
+    evictor + tier
+    for evictor in ("full", SPLIT, "h2o(budget=24)", "h2o(budget=24, adaptive=True)", "snapkv(budget=24, window=8)")
+    for tier in TIERS[1:]
+]
+RECIPES += [
+    "quest(budget=0.25, page=4, every=3)",
+    "quest(budget=24, page=8, logical=2, scope=query_head)",
+    "quest(budget=24, page=4, scope=layer, bounds=meanstd)",
+    "lserve(budget=24, page=8, logical=2, sink=4, recent=16)",
+    "lserve(budget=24, page=8, logical=2, sink=4, recent=16) @ host",
+    "clusterkv(budget=0.25, cluster=6, estimate=True) @ host",
+    "clusterkv(budget=0.25, cluster=6, scope=query_head)",
+    "sentencekv(budget=24)",
+    "sentencekv(budget=0.25, r=2, theta=0.8) @ host",
+    "tokenselect(budget=24, theta=0.5, scope=kv_head)",
+    "snapkv(budget=0.6, window=8) + clusterkv(budget=24, cluster=6) @ host",
+    "h2o_prefill(budget=0.6) + oracle(budget=16)",
+    "clusterkv(budget=24, cluster=6) + sink=2 + recent=5 + block=7",
+    "full + sink=2 + recent=9 + block=5 @ host",
 ]
 
 

@@ -19,7 +19,8 @@ from kvlib.hf.attach import attach, attached, text_config
 from kvlib.hf.layer import CacheLayer
 from kvlib.layer import Layer, NewTokens
 from kvlib.model import ModelSpec
-from kvlib.offload.account import TIERS, allocated
+from kvlib.offload.account import PARTS, TIERS, allocated
+from kvlib.offload.resident import Traffic
 from kvlib.policies.base import RecipeError, Sizes
 from kvlib.policies.heads.table import HeadTable
 from kvlib.recipe import Recipe
@@ -46,12 +47,10 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._model = weakref.ref(model)
         self.tokenizer = tokenizer
         self.announced: tuple[int, int] | None = None  # (tokens seen, drafts) of a coming chunk under assisted decoding
-        evict = self.recipe.evict
-        needs = evict.requirements() if evict is not None else None
-        if needs is not None and needs.tokenizer and tokenizer is None:
-            assert evict is not None
-            raise RecipeError(evict.name, None, None, "it reads text: give kvlib.Cache(model, recipe, tokenizer=...)")
-        self.token_ids = TokenIds() if needs is not None and needs.token_ids else None
+        for name, needs in self.recipe.needs().items():
+            if needs.tokenizer and tokenizer is None:
+                raise RecipeError(name, None, None, "it reads text: give kvlib.Cache(model, recipe, tokenizer=...)")
+        self.token_ids = TokenIds() if any(needs.token_ids for needs in self.recipe.needs().values()) else None
         stock = DynamicCache(config=config).layers
         managed = [type(layer) is DynamicLayer for layer in stock]
         if not any(managed) and self.recipe.lossy:
@@ -59,6 +58,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 f"no layer of this {self.spec.family!r} model attends to everything (sliding windows keep their stock "
                 "cache), so there is nothing to compress: use a stock cache, or set sliding_window=None"
             )
+        if self.recipe.select is not None:
+            self.recipe.select.fit((self.spec.layers, self.spec.kv_heads, self.spec.head_dim))
         self.table = self._head_table(model)
         attach(model, None if self.token_ids is None else _take_ids)
         self.managed_layers = np.array(managed)
@@ -82,12 +83,15 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _layer(self, index: int, streaming: np.ndarray) -> Layer:
         recipe, groups, heads = self.recipe, [], []
+        select, evict = recipe.select, recipe.evictor
+        if select is not None and index < min(select.dense_layers, self.spec.layers // 4):
+            select = None
         ids = None if self.token_ids is None else self.token_ids.at
         first = index * self.spec.kv_heads
         if not streaming.all():
             heads.append(np.flatnonzero(~streaming))
             places = first + heads[-1]
-            groups.append(HeadGroup(recipe.evict, recipe.sizes, ids, self.tokenizer, recipe.select, places))
+            groups.append(HeadGroup(evict, recipe.sizes, ids, self.tokenizer, select, places, recipe.tier))
         if streaming.any():
             assert recipe.heads is not None
             heads.append(np.flatnonzero(streaming))
@@ -221,23 +225,41 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     def nbytes(self, by: str = "tier", used: bool = False) -> dict[str, int]:
         """Bytes allocated, everything included: `{"device": ..., "host": ..., "disk": ...}`.
 
-        by="part" splits them into sink, body, tail, statistics (positions, scores, indices, prompt queries), staging
-        (what a rollback needs) and stock (layers that keep their stock cache).  used=True leaves out slack.
+        by="part" splits them into sink, body, tail, index (units, their summaries, positions), slots (device copies of a
+        body in host memory), statistics (positions, scores, prompt queries, earlier queries), staging (what a rollback
+        needs) and stock (layers that keep their stock cache).  used=True leaves out slack.
         """
         if by not in ("tier", "part"):
             raise ValueError(f"by={by!r}: give 'tier' or 'part'")
-        parts = dict.fromkeys(("sink", "body", "tail", "statistics", "staging", "stock"), 0)
+        tiers, parts = dict.fromkeys(TIERS, 0), dict.fromkeys(PARTS, 0)
+        for (tier, part), size in self._places(used).items():
+            tiers[tier] += size
+            parts[part] += size
+        return parts if by == "part" else tiers
+
+    def _places(self, used: bool) -> dict[tuple[str, str], int]:
+        """Bytes by (tier, part)."""
+        found: dict[tuple[str, str], int] = {}
         seen: set[int] = set()
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
-                for part, size in layer.store.nbytes(used, seen).items():
-                    parts[part] += size
+                for place, size in layer.store.nbytes(used, seen).items():
+                    found[place] = found.get(place, 0) + size
             else:
-                parts["stock"] += allocated((x for x in vars(layer).values() if isinstance(x, Tensor)), seen)
+                stock = allocated((x for x in vars(layer).values() if isinstance(x, Tensor)), seen)
+                found["device", "stock"] = found.get(("device", "stock"), 0) + stock
         if self.token_ids is not None:
-            parts["statistics"] += self.token_ids.nbytes(used)
-        # Every part lives where its layer does: no tier below the device holds anything yet.
-        return parts if by == "part" else {**dict.fromkeys(TIERS, 0), "device": sum(parts.values())}
+            found["device", "statistics"] = found.get(("device", "statistics"), 0) + self.token_ids.nbytes(used)
+        return found
+
+    def traffic(self) -> Traffic:
+        """What reading cost between host and device since the prompt began: (hits, misses, moved).
+
+        hits and misses count runs of tokens that a selector chose and that had a slot on the device or not (a run is a page
+        or a single token); moved is bytes of keys and values copied to the device, a body that is read whole included.
+        """
+        found = [layer.store.traffic() for layer in self.managed]
+        return Traffic(*(sum(column) for column in zip(*found, strict=True))) if found else Traffic(0, 0, 0)
 
     def full_nbytes(self) -> int:
         """Bytes of keys and values if every token seen had been kept, slack left out."""

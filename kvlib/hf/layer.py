@@ -74,7 +74,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _stock_update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         groups = self.store.groups
-        plain = len(groups) == 1 and groups[0].evictor is None and groups[0].selector is None
+        plain = len(groups) == 1 and groups[0].plain
         if plain and (self.store.shape is None or self.store.dense()):
             with torch.no_grad():
                 self.store.shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -62,12 +63,10 @@ class Prompt:
         for recipe in self._recipes:
             if not recipe.dense_prompt:
                 raise ValueError(f"{recipe} attends a prompt in its own way: give it a kvlib.Cache of its own")
-        needs = [recipe.evict.requirements() for recipe in self._recipes if recipe.evict is not None]
-        collects = Needs(
-            mass=any(need.mass for need in needs),
-            votes=max((need.votes for need in needs), default=0),
-            token_ids=any(need.token_ids for need in needs),
-        )
+        collects = Needs()
+        for recipe in self._recipes:
+            for need in recipe.needs().values():
+                collects |= dataclasses.replace(need, tokenizer=False)
         self._read = Cache(model, Recipe(evict=None if collects == Needs() else _Collector(collects)))
 
     @torch.no_grad()

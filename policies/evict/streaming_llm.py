@@ -34,6 +34,7 @@ class StreamingLLM(Evictor):
     name: ClassVar[str] = "streaming_llm"
     paper: ClassVar[str] = "2309.17453"
     when: ClassVar[Literal["online", "prefill_end"]] = "online"
+    bodiless: ClassVar[bool] = True
 
     sink: int = 4
     recent: int = 2000

@@ -83,7 +83,7 @@ def test_bytes_by_tier_part_and_use():
     assert "none yet" in cache.report()
     model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
     parts, used = cache.nbytes(by="part"), cache.nbytes(by="part", used=True)
-    assert set(parts) == {"sink", "body", "tail", "statistics", "staging", "stock"}
+    assert set(parts) == {"sink", "body", "tail", "index", "slots", "statistics", "staging", "stock"}
     assert sum(parts.values()) == cache.nbytes()["device"]
     assert all(used[name] <= parts[name] for name in parts)
     assert cache.kept().dtype == torch.long

@@ -1,0 +1,401 @@
+"""The body of a head group under a selector: every token kept, ordered by unit, on the device or in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
+from kvlib.kernels.merge import merge
+from kvlib.kernels.selection import Listing, list_runs, list_units, taken, top, vote
+from kvlib.offload.resident import Resident, Traffic
+from kvlib.offload.transfer import stream
+from kvlib.policies.selection import Index, Past, Selector, Units, products
+from kvlib.policies.tier.host import Host
+from kvlib.rows import Rows
+from kvlib.segment import Spec
+
+_KeysAt = Callable[[Tensor], Tensor]  # places [B, H', m] -> keys [B, H, m, d]
+PIECE = 4096  # tokens of a body in host memory that are on the device at once when all of it is read
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query row: q [B, Hq, 1, d] as the model gives it and `scored` [B, Hq, d] as the selector scores it; `rest`
+    [B, Hq, 1] is the log-sum-exp of what it reads besides the body."""
+
+    q: Tensor
+    scored: Tensor
+    rest: Tensor | None
+    spec: Spec
+
+
+class Indexed:
+    """A body of which a query reads the units its selector chooses.
+
+    The tokens of a unit stand side by side.  Row r holds `counts[r]` tokens per head, the first from position base[r] on
+    where positions follow the slots (`implicit`).
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        tier: Host | None,
+        batch: int,
+        heads: int,
+        device: torch.device,
+        base: np.ndarray,
+        implicit: bool,
+        fixed: dict[str, Tensor],
+    ):
+        self.selector, self.tier, self.device, self.heads = selector, tier, device, heads
+        host = () if tier is None else ("v",) if selector.reads_keys else ("k", "v")
+        self.tokens = Rows(batch, device, host, selector.run or 1)
+        self.units = Rows(batch, device)
+        self.base, self.implicit, self.fixed = base, implicit, fixed
+        self.longest = selector.run  # size of the largest unit
+        run = selector.run or 1
+        moves = tier is not None and not tier.attend and selector.selects()
+        self.resident = Resident(batch, heads, run, device) if moves else None
+        self.streamed = 0  # bytes of a body in host memory that were read whole
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens of each row, per head."""
+        return self.tokens.counts
+
+    # --------------------------------------------------------------------------------------------------- taking in
+    def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor | None, units: Units) -> None:
+        """Add a block [R, H, m, d] to the rows given [R]; position [R, H, m] where it does not follow the slots."""
+        first = self.counts[rows]
+        m = k.shape[2]
+        parts = {"k": k, "v": v}
+        if not self.implicit:
+            assert position is not None
+            parts["position"] = position.int()
+        if units.order is not None:
+            parts = {name: _ordered(x, units.order) for name, x in parts.items()}
+        self.tokens.append(rows, parts)
+        index = dict(units.summary)
+        if units.size is not None:
+            start = torch.from_numpy(first).to(k.device).view(-1, 1, 1) + units.size.cumsum(-1) - units.size
+            index |= {"size": units.size.int(), "start": start.int()}
+            self.longest = max(self.longest, int(units.size.max()))
+        if index:
+            self.units.append(rows, index)
+        if self.resident is not None:
+            run = self.resident.run
+            for row, begin in zip(rows.tolist(), first.tolist(), strict=True):
+                self.resident.forget(row, begin // run, -(-(begin + m) // run))
+
+    # ---------------------------------------------------------------------------------------------------- attending
+    def attend(self, q: Tensor, spec: Spec) -> Partial:
+        """Attention of q [B, Hq, n, d] over everything; every query row sees all of it."""
+        if self.tier is None:
+            k, v = self.tokens.live("k"), self.tokens.live("v")
+            return attention(q, k, v, spec.scale, self._all(0, k.shape[2], q.device), spec.softcap)
+        if self.tier.attend:
+            k, v = self.tokens.live("k").cpu(), self.tokens.live("v")
+            here = attention(q.cpu(), k, v, spec.scale, self._all(0, k.shape[2], v.device), spec.softcap)
+            return _moved(here, q.device)
+        parts, stop = [], int(self.counts.max())
+        names = ["v"] if "k" not in self.tokens.host else ["k", "v"]
+        host = {name: self.tokens.parts[name] for name in names}
+        for lo, hi, piece in stream(host, stop, PIECE, self.device):
+            k = piece["k"] if "k" in piece else self.tokens.parts["k"][:, :, lo:hi]
+            self.streamed += sum(x.nbytes for x in piece.values())
+            parts.append(attention(q, k, piece["v"], spec.scale, self._all(lo, hi, q.device), spec.softcap))
+        return merge(parts)
+
+    def _all(self, lo: int, hi: int, device: torch.device) -> Visible:
+        """Every token of slots lo..hi that a row has."""
+        if (self.counts >= hi).all():
+            return EVERYTHING
+        return Visible(length=torch.from_numpy(self.counts - lo).to(device))
+
+    def read(self, query: Query, room: np.ndarray, tokens: np.ndarray, past: Past) -> tuple[list[Partial], Past]:
+        """Attention of one query row over the `room` [B] best tokens of each head of rows that have seen `tokens` [B], in
+        parts to be merged, and what to remember."""
+        room = np.minimum(np.maximum(room, 0), self.counts)
+        most = int(room.max(initial=0))
+        if (room >= self.counts).all() and self.selector.scope != "query_head":
+            return [self.attend(query.q, query.spec)], past
+        estimated = self.selector.estimation(self._index())
+        if most == 0 and estimated is None:
+            return [], past
+        past = self._choose(query, max(most, 1), tokens, past)
+        assert past.order is not None
+        same = bool((room == room[0]).all())
+        space: Tensor | int = int(room[0]) if same else torch.from_numpy(room).to(self.device).view(-1, 1, 1)
+        parts = []
+        if most:
+            listing = self._list(past.order, space, most)
+            if self.resident is not None:
+                parts = self._through_slots(query, listing, space, most)
+            elif self.tier is not None and self.tier.attend:
+                parts = [self._on_host(query, listing, space, most)]
+            else:
+                parts = [self._on_device(query, listing, space, most)]
+        if estimated is not None:
+            parts.append(self._estimate(query, *estimated, past.order, space))
+        return parts, past
+
+    def _choose(self, query: Query, most: int, tokens: np.ndarray, past: Past) -> Past:
+        """The order of units, fresh where the last one does not serve."""
+        k = self._first(most)
+        valid = past.order is not None and len(past.sealed) == len(tokens)
+        kept = self.selector.reuse(query.scored, past, tokens) if valid else None
+        if kept is None:
+            return Past(self._order(query, k), tokens, self.counts, query.scored, past.own)
+        unchanged = past.sealed == self.counts
+        if isinstance(kept, np.ndarray):
+            host = kept & unchanged
+            keep = torch.from_numpy(host).to(self.device)
+        else:
+            keep = kept & torch.from_numpy(unchanged).to(self.device)
+            host = keep.cpu().numpy()  # one wait per layer, to spare a scan of all keys
+        if host.all():
+            return past
+        assert past.order is not None and past.query is not None
+        order = self._order(query, k)
+        if host.any():
+            last = torch.nn.functional.pad(past.order[..., :k], (0, max(0, k - past.order.shape[-1])))
+            order = torch.where(keep.view(-1, 1, 1), last, order)
+        scored = torch.where(keep.view(-1, 1, 1), past.query, query.scored)
+        return Past(order, np.where(host, past.tokens, tokens), self.counts, scored, past.own)
+
+    def _first(self, most: int) -> int:
+        """How many of the best units can be needed for `most` tokens."""
+        run = self.selector.run
+        if run:
+            return -(-most // run)
+        return int(self.units.counts.max())
+
+    def _index(self) -> Index:
+        summary = {name: self.units.live(name) for name in self.units.parts if name not in ("size", "start")}
+        size = self.units.live("size") if "size" in self.units.parts else None
+        keys = self.tokens.live("k") if self.selector.reads_keys else None
+        return Index(summary, size, self.fixed, keys)
+
+    def _order(self, query: Query, k: int) -> Tensor:
+        """The k best units, [B, H', k]; H' is 1, the KV heads or the query heads, by the selector's scope."""
+        index, spec = self._index(), query.spec
+        s = self.selector.logits(query.scored, index) * spec.scale
+        if spec.softcap is not None:
+            s = s.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        s = self._hide_absent(s, index)
+        if self.selector.scope == "query_head":
+            return top(s, k)
+        heads = 1 if self.selector.scope == "layer" else self.heads
+        rest = None if query.rest is None else query.rest[:, :, 0]
+        score = vote(s, heads, rest)
+        return top(self._hide_absent(score, index), k)
+
+    def _hide_absent(self, s: Tensor, index: Index) -> Tensor:
+        """Set s [B, ., U] to -inf where a row has no such unit or the unit is empty."""
+        run = self.selector.run
+        units = self.counts // run if run else self.units.counts
+        if (units < s.shape[-1]).any():
+            count = torch.from_numpy(units).to(s.device).view(-1, 1, 1)
+            s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= count, float("-inf"))
+        if index.size is not None:
+            size = index.size if s.shape[1] != 1 else index.size.amax(1, keepdim=True)
+            s = s.masked_fill((size == 0).repeat_interleave(s.shape[1] // size.shape[1], 1), float("-inf"))
+        return s
+
+    def _list(self, order: Tensor, room: Tensor | int, most: int) -> Listing:
+        """The tokens of the best units."""
+        run = self.selector.run
+        if run:
+            return list_runs(order, run, room, most)
+        start, size = self._sizes(order)
+        return list_units(order, start, size, room, most, self.longest)
+
+    def _sizes(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and size of every unit, for each list of `order`."""
+        start, size = self.units.live("start"), self.units.live("size")
+        if order.shape[1] < start.shape[1]:  # one list for the layer: its heads have the same units
+            return start[:, :1], size[:, :1]
+        if order.shape[1] > start.shape[1]:
+            group = order.shape[1] // start.shape[1]
+            return start.repeat_interleave(group, 1), size.repeat_interleave(group, 1)
+        return start, size
+
+    def _cut(
+        self, query: Query, listing: Listing, where: Tensor, keys_at: _KeysAt, room: Tensor | int, most: int
+    ) -> Tensor:
+        """Where the chosen tokens stand, [B, H', most]: units that fit, then the best of the unit that is cut, by their
+        true scores.  where [B, H', W] are the places of the tokens listed."""
+        if isinstance(listing.length, int) and listing.length == room:
+            return where[..., :most]
+        before = listing.before
+        place = torch.arange(self.longest, device=where.device) + before
+        place = place.expand(*where.shape[:2], -1)
+        inside = place < listing.length
+        cut = where.gather(-1, place.clamp(max=where.shape[-1] - 1))
+        s = products(query.q[:, :, 0], keys_at(cut)) * query.spec.scale
+        lists = where.shape[1]
+        s = s.masked_fill(~inside.repeat_interleave(s.shape[1] // lists, 1), float("-inf"))
+        score = s if lists == s.shape[1] else vote(s, lists)
+        best = cut.gather(-1, top(score.masked_fill(~inside, float("-inf")), self.longest))
+        j = torch.arange(most, device=where.device).expand(*where.shape[:2], -1)
+        chosen = best.gather(-1, (j - before).clamp(0, self.longest - 1))
+        return torch.where(j < before, where[..., :most], chosen)
+
+    def chosen(self, query: Query, room: int, past: Past) -> Tensor:
+        """Slots [B, H', room] that a query reads of a body with at least `room` tokens in every row; for those who ask what
+        was chosen, not needed to attend it."""
+        past = self._choose(query, room, self.counts, past)
+        assert past.order is not None
+        return self._in_body(query, self._list(past.order, room, room), room, room)
+
+    def _in_body(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> Tensor:
+        """Slots of the chosen tokens, [B, H', most]."""
+        k = self.tokens.parts["k"]
+        return self._cut(query, listing, listing.ids, lambda ids: _take(k, ids, self.heads), room, most)
+
+    def _on_device(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> Partial:
+        """Attention over the chosen tokens where all tokens are."""
+        k, v = self.tokens.parts["k"], self.tokens.parts["v"]
+        chosen = self._in_body(query, listing, room, most)
+        visible = EVERYTHING if isinstance(room, int) else Visible(length=room.flatten())
+        q, spec = query.q, query.spec
+        return attention(q, _take(k, chosen, self.heads), _take(v, chosen, self.heads), spec.scale, visible, spec.softcap)
+
+    def _on_host(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> Partial:
+        """The same in host memory: the query goes there, the result comes back."""
+        there = Query(query.q.cpu(), query.scored, None, query.spec)
+        ids, before, length = (x.cpu() if isinstance(x, Tensor) else x for x in listing)
+        assert isinstance(ids, Tensor)
+        space = room.cpu() if isinstance(room, Tensor) else room
+        return _moved(self._on_device(there, Listing(ids, before, length), space, most), self.device)
+
+    def _through_slots(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> list[Partial]:
+        """Attention over the chosen tokens by way of the device's slots: over those that are resident while the others are
+        copied, then over the others."""
+        assert self.resident is not None and self.tier is not None
+        resident, run = self.resident, self.resident.run
+        ids = listing.ids.expand(-1, self.heads, -1)
+        valid = listing.valid()
+        host = {name: self.tokens.parts[name] for name in sorted(self.tokens.host)}
+        runs = (ids[..., ::run] // run).contiguous()
+        body = -(-int(self.counts.max()) // run)
+        resident.reserve(max(runs.shape[-1], min(body, int(self.tier.slots * most) // run)), host)
+        there = None if valid is None else valid[..., ::run].expand(-1, self.heads, -1)
+        fetch = resident.fetch(host, runs, there)
+        place, offset = torch.arange(ids.shape[-1], device=self.device), ids % run
+        where = fetch.slots.repeat_interleave(run, -1) * run + offset
+        early = fetch.hit.repeat_interleave(run, -1) & (place < listing.before)
+        early, listing = early[..., :most], Listing(ids, listing.before, listing.length)
+        parts = [self._over(query, ids[..., :most], where[..., :most], early)]
+        fetch.wait()
+        resident.settle()
+        where = fetch.slots.repeat_interleave(run, -1) * run + offset
+        uncut = isinstance(listing.length, int) and listing.length == room
+        if uncut and fetch.most_missing == 0:
+            return parts
+        late = ~early & (place[:most] < room)
+        if not uncut:
+            where = self._cut(query, listing, where, lambda places: resident.take("k", places), room, most)
+        width = min(most, fetch.most_missing * run + (0 if uncut else self.longest))
+        first = late.int().argsort(dim=-1, descending=True, stable=True)[..., :width]
+        where, ids = where[..., :most].gather(-1, first), ids[..., :most].gather(-1, first)
+        parts.append(self._over(query, ids, where, late.gather(-1, first)))
+        return parts
+
+    def _over(self, query: Query, ids: Tensor, where: Tensor, mask: Tensor) -> Partial:
+        """Attention over the tokens `ids` of the body, of which those the host keeps stand at `where` in the slots."""
+        assert self.resident is not None
+        k = self.resident.take("k", where) if "k" in self.tokens.host else _take(self.tokens.parts["k"], ids, self.heads)
+        v = self.resident.take("v", where)
+        return attention(query.q, k, v, query.spec.scale, Visible(mask=mask.unsqueeze(2)), query.spec.softcap)
+
+    def _estimate(self, query: Query, keys: Tensor, values: Tensor, order: Tensor, room: Tensor | int) -> Partial:
+        """Attention over the units' means, each for as many tokens as are not read of it."""
+        size = self.units.live("size")
+        left = size - taken(order, size, room)
+        units = torch.from_numpy(self.units.counts).to(self.device).view(-1, 1, 1)
+        absent = torch.arange(left.shape[-1], device=self.device) >= units
+        bias = left.masked_fill(absent, 0).float().log()
+        spec = query.spec
+        return attention(query.q, keys, values, spec.scale, Visible(mask=bias.unsqueeze(2)), spec.softcap)
+
+    # ---------------------------------------------------------------------------------------------------- the rest
+    def positions(self, row: int, head: int) -> Tensor:
+        """Positions of the tokens of one head of a row, in the order of their slots."""
+        count = int(self.counts[row])
+        if self.implicit:
+            first = int(self.base[row])
+            return torch.arange(first, first + count, dtype=torch.int32)
+        return self.tokens.parts["position"][row, head, :count]
+
+    def traffic(self) -> Traffic:
+        """What reading cost between host and device so far."""
+        hits, misses, moved = (0, 0, 0) if self.resident is None else self.resident.counts()
+        return Traffic(hits, misses, moved + self.streamed)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Select batch rows [B']."""
+        self.tokens.reorder(rows)
+        self.units.reorder(rows)
+        self.base = self.base[rows.cpu().numpy()]
+        self.fixed = {name: x.index_select(0, rows) for name, x in self.fixed.items()}
+        if self.resident is not None:
+            self.resident.reorder(rows)
+
+    def snapshot(self) -> Indexed:
+        """The present state, which later appends do not disturb; residency is shared."""
+        twin = object.__new__(Indexed)
+        twin.__dict__.update(self.__dict__, tokens=self.tokens.snapshot(), units=self.units.snapshot())
+        return twin
+
+    def copy(self) -> Indexed:
+        """An independent body with the same tokens."""
+        twin = self.snapshot()
+        twin.tokens, twin.units = self.tokens.copy(), self.units.copy()
+        twin.fixed = {name: x.clone() for name, x in self.fixed.items()}
+        twin.resident = None if self.resident is None else self.resident.copy()
+        return twin
+
+    def storages(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every storage: (tier, part, tensor)."""
+        for name, x in self.tokens.parts.items():
+            tier = "host" if name in self.tokens.host else "device"
+            yield tier, "index" if name == "position" else "body", x
+        for x in (*self.units.tensors(), *self.fixed.values()):
+            yield "device", "index", x
+        for x in [] if self.resident is None else self.resident.tensors():
+            yield "device", "slots", x
+
+    def used(self) -> dict[tuple[str, str], int]:
+        """Bytes by (tier, part) of the tokens held and of their index, slack left out."""
+        sizes: dict[tuple[str, str], int] = {}
+        for name in ("k", "v"):
+            place = ("host" if name in self.tokens.host else "device", "body")
+            sizes[place] = sizes.get(place, 0) + self.tokens.used(name)
+        index = sum(self.units.used(name) for name in self.units.parts) + sum(x.nbytes for x in self.fixed.values())
+        sizes["device", "index"] = index + self.tokens.used("position")
+        return sizes
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """x [R, H, m, ...] in the order [R, H, m]."""
+    return x.gather(2, order if x.dim() == 3 else order.unsqueeze(-1).expand_as(x))
+
+
+def _take(x: Tensor, ids: Tensor, heads: int) -> Tensor:
+    """Tokens ids [B, H', m] of x [B, heads, T, d]: [B, max(heads, H'), m, d].  One list may serve all heads (H' = 1), and
+    the query heads of a KV head may have lists of their own."""
+    batch, lists, m = ids.shape
+    wide = max(lists, heads)
+    head = torch.arange(batch * wide, device=ids.device).view(batch, wide, 1) // (wide // heads)
+    flat = (head * x.shape[2] + ids).flatten()
+    return x.flatten(0, 2).index_select(0, flat).view(batch, wide, m, x.shape[-1])
+
+
+def _moved(part: Partial, device: torch.device) -> Partial:
+    return Partial(part.out.to(device), None if part.lse is None else part.lse.to(device))

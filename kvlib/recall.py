@@ -1,0 +1,226 @@
+"""What a head group does under a selector: tokens leave its tail for an indexed body, and a query reads some of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.candidates import Candidates
+from kvlib.indexed import Indexed, Query
+from kvlib.kernels.attention import Partial
+from kvlib.kernels.merge import merge
+from kvlib.policies.base import Split
+from kvlib.policies.selection import SEGMENT, Block
+from kvlib.segment import Spec, Tiles
+
+if TYPE_CHECKING:
+    from kvlib.group import HeadGroup
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def attend(group: HeadGroup, q: Tensor, spec: Spec, lse: bool) -> Partial:
+    """Attention of q [B, Hq, n, d], each row over the sinks, the tail up to itself and what the selector reads for it."""
+    assert group.tail is not None and group.selector is not None
+    body = group.body
+    kept = group.sink is not None or body is not None
+    tail = group.tail.attend(q, spec, lse=lse or kept or spec.sinks is not None)
+    parts = [tail] if group.sink is None else [group.sink.attend(q, spec), tail]
+    rest = (
+        None if body is None or not group.selector.selects() else merge([_lse_only(part) for part in parts], spec.sinks).lse
+    )
+    rows, n = [], q.shape[2]
+    for j in range(n):  # more than one row only while drafts are verified: each selects as if it came alone
+        later = n - 1 - j
+        newest = partial(_id, group, later)
+        scored, group.past = group.selector.prepare(q[:, :, j], group.past, newest, group.tokenizer)
+        here = parts if n == 1 else [_row(part, j) for part in parts]
+        if isinstance(body, Indexed):
+            row_rest = None if rest is None else rest[:, :, j : j + 1]
+            query = Query(q[:, :, j : j + 1], scored, row_rest, spec)
+            found, group.past = body.read(query, room(group) + later, group.tokens - later, group.past)
+            here = [*here, *found]
+        if group.draft is not None:
+            group.draft.pasts.append(group.past)
+        rows.append(merge(here, spec.sinks))
+    if n == 1:
+        return rows[0]
+    total = None if rows[0].lse is None else torch.cat([row.lse for row in rows if row.lse is not None], 2)
+    return Partial(torch.cat([row.out for row in rows], 2), total)
+
+
+def room(group: HeadGroup) -> np.ndarray:
+    """How many tokens of the body the newest query of each row reads, [B]: what sinks and tail leave of the budget."""
+    assert group.tail is not None and group.selector is not None
+    if not group.selector.selects():
+        return np.full_like(group.tokens, np.iinfo(np.int64).max // 2)
+    budget = group.selector.tokens(group.tokens) if group.split is None else group.split.total
+    left: np.ndarray = budget - group.tail.lengths - (0 if group.sink is None else group.sink.counts[:, 0])
+    return left
+
+
+def _lse_only(part: Partial) -> Partial:
+    """A part without its output, to merge log-sum-exps alone."""
+    assert part.lse is not None
+    return Partial(part.lse.unsqueeze(-1), part.lse)
+
+
+def _row(part: Partial, j: int) -> Partial:
+    return Partial(part.out[:, :, j : j + 1], None if part.lse is None else part.lse[:, :, j : j + 1])
+
+
+def _id(group: HeadGroup, later: int) -> Tensor:
+    """Ids [B] of the tokens that `later` others have followed."""
+    assert group.token_ids is not None and group.tail is not None
+    position = torch.from_numpy(group.tokens - 1 - later).to(group.tail.k.device).clamp_(min=0)
+    return group.token_ids(position.view(-1, 1, 1)).view(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- sealing
+def seal(group: HeadGroup, closing: bool = False) -> None:
+    """Move what is due from the tail to the sinks and the indexed body, and note when the next block will be; `closing`
+    when the prompt has just ended."""
+    assert group.tail is not None and group.selector is not None
+    split = group.split
+    if split is None:  # sizes that do not depend on how much of the prompt has been seen
+        split = group.selector.split(np.full_like(group.tokens, SEGMENT), group.sizes)
+    sinks, body = _due(group, split, closing)
+    moved = body + sinks
+    if moved.any():
+        _take_sinks(group, sinks)
+        moved = sinks + _take_body(group, sinks, body, split, prompt=group.open or closing)
+        group.chosen = np.where(moved > 0, group.tokens, group.chosen if len(group.chosen) else 0)
+        group.tail.drop(moved)
+    sealed = group.tokens - group.tail.lengths
+    first = np.where(sealed > 0, 0, split.sink)
+    wait = sealed + first + split.recent + split.block
+    if group.tier is None:
+        wait = np.where(sealed > 0, wait, np.maximum(wait, split.total))
+    group.until_seal = max(1, int((wait - group.tokens).min()))
+
+
+def _due(group: HeadGroup, split: Split, closing: bool) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens of each row leave the tail, for the sinks and for the body."""
+    assert group.tail is not None and group.selector is not None
+    held, none = group.tail.lengths, np.zeros_like(group.tokens)
+    started = group.tokens > held
+    sinks = np.where(started, 0, split.sink)
+    free = np.maximum(held - split.recent - sinks, 0)
+    if group.open:  # a prompt in the roomy tier leaves the device as it comes; elsewhere all of it is dense until it ends
+        early = group.tier is not None and group.evictor is None and not group.needs.products
+        body = free // SEGMENT * SEGMENT if early else none
+    else:
+        later = started & group.selector.fitted & (not closing)
+        step = np.where(later, split.block, max(group.selector.run, 1))
+        ready = (free >= split.block) | closing
+        if group.tier is None:
+            ready &= started | (group.tokens >= split.total)
+        body = np.where(ready, free // step * step, 0)
+    return np.where(body > 0, sinks, 0), body
+
+
+def _take_sinks(group: HeadGroup, sinks: np.ndarray) -> None:
+    """Move each row's first sinks[r] tail tokens to the sinks."""
+    assert group.tail is not None
+    if not sinks.any():
+        return
+    device, heads = group.tail.k.device, group.tail.k.shape[1]
+    step = torch.arange(int(sinks.max()), device=device)
+    begin = torch.from_numpy(group.tail.starts).to(device)[:, None]
+    slot = torch.where(step < torch.from_numpy(sinks).to(device)[:, None], begin + step, -1)[:, None].expand(-1, heads, -1)
+    candidates = Candidates(group.sink, group.tail, slot, step.int().expand_as(slot))
+    group.sink = candidates.gather(candidates.valid, fields=False)
+
+
+def _take_body(group: HeadGroup, sinks: np.ndarray, due: np.ndarray, split: Split, prompt: bool) -> np.ndarray:
+    """Move the due[r] tail tokens after each row's new sinks to the body, as whole units; returns how many went."""
+    assert group.tail is not None and group.selector is not None
+    tail, body = group.tail, _body(group, implicit=not group.selector.fitted)
+    sealed = group.tokens - tail.lengths
+    fresh = body.counts == 0
+    body.base = np.where(fresh, sealed + sinks, body.base)
+    went = np.zeros_like(due)
+    for rows in _alike(due, fresh, group.selector.requirements().token_ids):
+        first = tail.starts[rows] + sinks[rows]
+        limit = int(split.block[rows[0]])
+        block = _block(group, body, rows, first, int(due[rows[0]]), limit)
+        whole = group.selector.whole(block)
+        piece = SEGMENT if prompt or fresh[rows[0]] else limit
+        for start in range(0, whole, piece if group.selector.fitted else whole):
+            stop = min(whole, start + piece) if group.selector.fitted else whole
+            part = _block(group, body, rows, first + start, stop - start, limit)
+            position = None if body.implicit else part.positions
+            body.append(rows, part.keys, part.values, position, group.selector.build(part))
+        went[rows] = whole
+    return went
+
+
+def _alike(due: np.ndarray, fresh: np.ndarray, alone: bool) -> Iterator[np.ndarray]:
+    """Rows that can be taken together: of equal counts, or each for itself."""
+    rows = np.flatnonzero(due)
+    if alone:
+        yield from (rows[i : i + 1] for i in range(len(rows)))
+        return
+    for kind in np.unique(np.stack([due[rows], fresh[rows]], 1), axis=0) if len(rows) else ():
+        yield rows[(due[rows] == kind[0]) & (fresh[rows] == kind[1])]
+
+
+def _block(group: HeadGroup, body: Indexed, rows: np.ndarray, first: np.ndarray, m: int, limit: int) -> Block:
+    """The m tail tokens from slot first[i] on of rows[i]."""
+    assert group.tail is not None
+    tail = group.tail
+    if len(rows) == len(tail.starts) and (first == first[0]).all():
+        k, v = (x[:, :, first[0] : first[0] + m] for x in (tail.k, tail.v))
+    else:
+        k, v = (torch.stack([x[r, :, at : at + m] for r, at in zip(rows, first, strict=True)]) for x in (tail.k, tail.v))
+    at = torch.from_numpy(group.tokens[rows] - tail.lengths[rows] + first - tail.starts[rows]).to(tail.k.device)
+    positions = (at.view(-1, 1, 1) + torch.arange(m, device=tail.k.device)).expand(-1, k.shape[1], -1)
+    return _describe(group, body, rows, (k, v, positions), limit)
+
+
+def _describe(group: HeadGroup, body: Indexed, rows: np.ndarray, part: tuple[Tensor, Tensor, Tensor], limit: int) -> Block:
+    """A block of keys, values and positions [R, H, m, ...] of the rows given."""
+    k, v, positions = part
+    whole = len(rows) == len(group.tokens)
+    index = None if whole else torch.from_numpy(rows).to(k.device)
+    fixed = {name: x if index is None else x[index] for name, x in body.fixed.items()}
+    heads = np.arange(k.shape[1]) if group.heads is None else group.heads
+
+    def ids(first: int, stop: int) -> Tensor:
+        assert group.token_ids is not None
+        span = torch.arange(first, stop, device=k.device).expand(len(group.tokens), 1, -1)
+        found = group.token_ids(span)[:, 0]
+        return found if index is None else found[index]
+
+    return Block(k, v, positions, heads, limit, fixed, ids, group.tokenizer)
+
+
+def _body(group: HeadGroup, implicit: bool) -> Indexed:
+    """The group's indexed body, made where there is none."""
+    assert group.tail is not None and group.selector is not None
+    if not isinstance(group.body, Indexed):
+        tail, selector = group.tail, group.selector
+        batch, heads = tail.k.shape[:2]
+        places = np.arange(heads) if group.heads is None else group.heads
+        fixed = {} if group.open else selector.calibrate(group.products, places, tail.k)
+        base = np.zeros(batch, dtype=np.int64)
+        group.body = Indexed(selector, group.tier, batch, heads, tail.k.device, base, implicit, fixed)
+    return group.body
+
+
+def index_kept(group: HeadGroup) -> None:
+    """Index what an evictor has kept of the prompt: `Tiles` whose heads hold equally many tokens become the body."""
+    tiles, group.body = group.body, None
+    assert isinstance(tiles, Tiles) and group.selector is not None and group.split is not None
+    body = _body(group, implicit=False)
+    slots = tiles.slots()
+    for row in np.flatnonzero(tiles.counts[:, 0]):
+        index = slots[row, :, : int(tiles.counts[row, 0])]
+        k, v, positions = (x.flatten(0, 1)[index][None] for x in (tiles.k, tiles.v, tiles.positions))
+        rows = np.array([row])
+        block = _describe(group, body, rows, (k, v, positions.long()), int(group.split.block[row]))
+        body.append(rows, k, v, positions, group.selector.build(block))

@@ -1,0 +1,147 @@
+"""Spherical k-means of one row's keys, head by head: which tokens point the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_TAKEN = 12  # starting points taken from one draw, at most
+
+
+@torch.no_grad()
+def spherical_kmeans(
+    keys: Tensor, clusters: int, iterations: int, seeds: Sequence[int], backend: str = "torch", centre: bool = True
+) -> Tensor:
+    """Cluster of every token, int64 [H, m] in 0..clusters-1, from keys [H, m, d] of one row, by cosine.
+
+    iterations: updates of the centroids, at most.  seeds: one per head; all that is random in a head comes from it.
+    backend: "torch", or "faiss" (an optional package).  centre: take the head's mean key away first.
+
+    Both backends start from the same points, found by k-means++; no head is affected by the heads beside it.  With as many
+    clusters as tokens, each token is its own cluster.
+    """
+    refine = _backend(backend)
+    heads, m, d = keys.shape
+    labels = torch.arange(m, device=keys.device).repeat(heads, 1)
+    if clusters >= m:
+        return labels
+    with torch.autocast(keys.device.type, enabled=False):
+        for label, head, seed in zip(labels, keys, seeds, strict=True):
+            # A copy of its own: the same memory layout, so the same rounding, whatever the head was a slice of.
+            x = torch.empty(m, d, dtype=torch.float32, device=keys.device).copy_(head)
+            if centre:
+                x -= x.mean(0)
+            unit = F.normalize(x, dim=-1)
+            label.copy_(refine(x, unit, _start(unit, clusters, seed), iterations))
+    return labels
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError for a backend nobody knows, ImportError where its package is missing."""
+    _backend(name)
+
+
+def _backend(name: str) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    if name == "torch":
+        return _lloyd
+    if name != "faiss":
+        raise ValueError(f"unknown k-means backend {name!r}: give 'torch' or 'faiss'")
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("the k-means backend 'faiss' needs faiss: pip install kvlib[faiss]") from error
+    return partial(_faiss, faiss)
+
+
+def _start(unit: Tensor, clusters: int, seed: int) -> Tensor:
+    """Starting centroids [C, d]: directions drawn far from those taken before, the most useful of each draw first.
+
+    Greedy k-means++ in draws: the candidates of a draw cost one product, and each is judged by what it would add to the
+    cosines of a sample after those taken before it, so one of a direction already covered adds little and is left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(16 * clusters, max(8 * clusters, 1024))
+    sample = unit[torch.randperm(len(unit), generator=generator)[:size].to(unit.device)]
+    draw = min(128, max(32, (1 << 17) // len(sample)))  # many candidates where they are cheap
+    cosine = sample.new_zeros(len(sample))  # with the nearest starting point; none yet: as if one orthogonal to all
+    taken: list[Tensor] = []
+    while len(taken) < clusters:
+        # Drawn on the CPU in double precision: a running sum on a GPU may differ from one call to the next.
+        edges = (1 - cosine).clamp_min(0).square().cpu().double().cumsum(0)
+        spots = torch.rand(draw, generator=generator, dtype=torch.float64) * edges[-1]
+        places = torch.searchsorted(edges, spots, right=True).clamp_max(len(sample) - 1)
+        candidates = sample[places.to(unit.device)]
+        reach = candidates @ sample.T
+        for _ in range(min(_TAKEN, clusters - len(taken))):
+            torch.maximum(reach, cosine, out=reach)
+            # Rounded: two tokens that are all the other has are equally good, and rounding errors must not choose.
+            best = (reach.mean(1) * 8192).round().argmax(0, keepdim=True)
+            cosine = reach.index_select(0, best)[0]
+            taken.append(candidates.index_select(0, best))
+    return torch.cat(taken)
+
+
+def _lloyd(x: Tensor, unit: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    labels, cosine = _nearest(unit, centroids)
+    for _ in range(iterations):
+        before, known = centroids, labels
+        centroids = _means(x, labels, before)
+        # Late rounds move few centroids.  Those that stayed cannot beat what a token had before, so a token looks at the
+        # moved ones only, unless its own moved away and left it with less.
+        moved = (centroids != before).any(1)
+        which = moved.nonzero()[:, 0]
+        if 2 * len(which) > len(centroids):
+            labels, cosine = _nearest(unit, centroids)
+        elif len(which):
+            place, score = _nearest(unit, centroids[which])
+            place, own = which[place], moved[known]
+            keep = (cosine > score) | ((cosine == score) & (known < place))
+            worse = (own & (score <= cosine)).nonzero()[:, 0]
+            labels, cosine = torch.where(keep, known, place), torch.where(keep, cosine, score)
+            labels[worse], cosine[worse] = _nearest(unit[worse], centroids)
+        if torch.equal(labels, known):
+            break
+    return labels
+
+
+def _nearest(unit: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroid of largest cosine, the lowest among equals, and that cosine; in blocks, on a CPU such as its cache holds."""
+    on_cpu = unit.device.type == "cpu"
+    labels, cosines = [], []
+    for rows in torch.split(unit, max(1, (1 << 17 if on_cpu else 1 << 26) // len(centroids))):
+        scores = rows @ centroids.T
+        # On a CPU numpy's argmax is three times as fast as torch's; both give the first of equals.
+        label = torch.from_numpy(scores.numpy().argmax(1)) if on_cpu else scores.argmax(1)
+        labels.append(label)
+        cosines.append(scores.gather(1, label[:, None])[:, 0])
+    return torch.cat(labels), torch.cat(cosines)
+
+
+def _means(x: Tensor, labels: Tensor, before: Tensor) -> Tensor:
+    """Directions of the clusters' mean keys; a cluster that is empty, or whose keys cancel out, keeps the one it had."""
+    members, order = labels.sort(stable=True)
+    first = torch.searchsorted(members, torch.arange(len(before), device=x.device))
+    # A bag adds its keys in order of position on any device; index_add would race on a GPU.
+    total = F.embedding_bag(order, x, first, mode="sum")
+    length = total.norm(dim=1, keepdim=True)
+    return torch.where(length > 0, total / length, before)
+
+
+def _faiss(faiss: Any, x: Tensor, unit: Tensor, start: Tensor, iterations: int) -> Tensor:
+    data = unit.cpu().numpy()
+    kmeans = faiss.Kmeans(
+        data.shape[1],
+        len(start),
+        niter=iterations,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(data),  # its default leaves tokens out
+        gpu=unit.is_cuda and faiss.get_num_gpus() > 0,
+    )
+    kmeans.train(data, init_centroids=start.cpu().numpy())
+    return torch.from_numpy(kmeans.index.search(data, 1)[1][:, 0])
