@@ -27,7 +27,7 @@ class Visible:
     length: [B] number of keys of each batch row counted from slot 0, or None for all T.
     window: only the newest `window` keys (the row's own included) are seen, besides the first `sink` from `start`
             (one number, or [B] per batch row).
-    mask:   [B, 1 or Hq, n, T], True or 0 where visible, False or a negative number (added) elsewhere.
+    mask:   [B, 1, H or Hq, n, T], True or 0 where visible, False or a negative number (added) elsewhere.
     """
 
     causal: bool = False

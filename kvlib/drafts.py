@@ -126,7 +126,7 @@ def draft_of_prompt(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, new: np.n
     """Attend a prompt chunk of which an unknown number of tokens, at most LONGEST, may be taken back."""
     final = max(0, q.shape[2] - LONGEST)
     group.take_in(k, v, new)
-    out, lse, _ = group.attend(q, spec, prompt=True, lse=True)[0]
+    out, lse, _ = group.attend(q, spec, new, prompt=True, lse=True)[0]
     assert lse is not None
     if final:
         early = lse.clone()

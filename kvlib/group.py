@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -98,10 +99,7 @@ class HeadGroup:
         if self.draft is not None and not (grows and self.draft.tokens + n <= LONGEST):
             self.settle()
         if self.tail is None:
-            self.tail = Tail(k, v, ("mass",) if self.needs.mass else ())
-            self.tokens = np.zeros(len(k), dtype=np.int64)
-            if self.tier is not None and self.selector is None:
-                self.home = Home(k.device, self.tier.attend)
+            self._begin(Tail(k, v, ("mass",) if self.needs.mass else ()), np.zeros(len(k), dtype=np.int64))
         elif n == 1:
             self.finish_prefill()
         prompt = self.open or (n > 1 and not recording)
@@ -126,15 +124,21 @@ class HeadGroup:
     ) -> Partial:
         """Take in -> attend -> account."""
         self.take_in(k, v, new)
-        part, masses = self.attend(q, spec, prompt, lse=self.needs.mass or keep_lse)
+        part, masses = self.attend(q, spec, new, prompt, lse=self.needs.mass or keep_lse)
         self.account(q, part.lse, new, spec, prompt, masses)
         return part
+
+    def _begin(self, tail: Tail, tokens: np.ndarray) -> None:
+        """Start with a tail of rows that have seen `tokens` [B]."""
+        self.tail, self.tokens = tail, tokens
+        if self.tier is not None and self.selector is None:
+            self.home = Home(tail.k.device, self.tier.attend)
 
     def take_in(self, k: Tensor, v: Tensor, new: np.ndarray | None) -> None:
         """Append a chunk to the tail."""
         if self.tail is None:
-            self.tail = Tail(k, v)
-            self.tokens = np.zeros(len(k), dtype=np.int64)
+            self._begin(Tail(k, v), np.zeros(len(k), dtype=np.int64))
+        assert self.tail is not None
         self.tail.append(k, v, new)
         self.tokens = self.tokens + (k.shape[2] if new is None else new)
 
@@ -155,13 +159,18 @@ class HeadGroup:
         if self.seals and (prompt or self.until_seal <= 0):
             self.seal()
 
-    def attend(self, q: Tensor, spec: Spec, prompt: bool, lse: bool) -> tuple[Partial, _Masses | None]:
+    def attend(
+        self, q: Tensor, spec: Spec, new: np.ndarray | None, prompt: bool, lse: bool
+    ) -> tuple[Partial, _Masses | None]:
         """Merged attention over sink, body and tail; for a single query row of a method that accumulates attention also
         what the body and the tail got of it, which spares a second pass over the keys."""
         assert self.tail is not None
         if self.selector is not None and not prompt:
-            return recall.attend(self, q, spec, lse), None
-        self.past = Past()  # a prompt's queries do not continue what was generated before it
+            return recall.attend(self, q, spec, new, lse), None
+        if new is None:
+            self.past = Past()  # a prompt's queries do not continue what was generated before it
+        else:
+            self.past = Past().where(new > 0, self.past)
         observed = self.needs.mass and self.online and q.shape[2] == 1
         kept = self.sink is not None or self.body is not None
         parts = [] if self.sink is None else [self.sink.attend(q, spec)]
@@ -353,7 +362,11 @@ class HeadGroup:
         twin = HeadGroup(self.evictor, self.sizes, token_ids, self.tokenizer, self.selector, self.heads, self.tier)
         twin.__dict__.update({**self.__dict__, "token_ids": token_ids})
         twin.tail = None if self.tail is None else self.tail.copy()
-        twin.body = self.body.copy() if isinstance(self.body, Indexed) else self.body
+        twin.home = None if self.home is None else copy(self.home)
+        if isinstance(self.body, Indexed):
+            twin.body = self.body.copy()
+        elif self.body is not None:
+            twin.body = replace(self.body, home=twin.home)
         return twin
 
     def adopt(self, other: HeadGroup, kv_heads: Tensor | None, q_heads: Tensor | None) -> None:
@@ -361,8 +374,8 @@ class HeadGroup:
         piece: of its heads those given, or all.  `other` must have kept what this group's evictor needs."""
         other.settle()
         assert other.open and other.tail is not None and other.body is None and other.sink is None
-        self.tail = other.tail.take_heads(kv_heads, ("mass",) if self.needs.mass else ())
-        self.tokens, self.spec = other.tokens.copy(), other.spec
+        self._begin(other.tail.take_heads(kv_heads, ("mass",) if self.needs.mass else ()), other.tokens.copy())
+        self.spec = other.spec
         if q_heads is not None and self.spec.sinks is not None:
             self.spec = replace(self.spec, sinks=self.spec.sinks[q_heads])
         if self.needs.votes:

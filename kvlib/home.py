@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kvlib.segment import Spec, Tiles
 
 
+FEW = 32  # query rows that the CPU attends; with more, as in a prompt, keys and values move instead
+
+
 class Home:
     """Host memory behind a group on `device`; `attend`: whether the CPU attends what lives there."""
 
@@ -39,7 +42,7 @@ class Home:
 
     def attend(self, tiles: Tiles, q: Tensor, spec: Spec, probabilities: bool) -> Partial:
         """Attention of q over tiles that live here."""
-        if not self.computes:
+        if not self.computes or q.shape[2] > FEW:
             return self.bring(tiles).attend(q, spec, probabilities)
         segment, fill = (None if x is None else x.cpu() for x in (tiles.segment, tiles.fill))
         out, lse, p = replace(tiles, segment=segment, fill=fill, home=None).attend(q.cpu(), spec, probabilities)

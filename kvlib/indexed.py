@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.home import FEW
 from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
 from kvlib.kernels.merge import merge
 from kvlib.kernels.selection import Listing, list_runs, list_units, taken, top, vote
@@ -21,6 +22,13 @@ from kvlib.segment import Spec
 
 _KeysAt = Callable[[Tensor], Tensor]  # places [B, H', m] -> keys [B, H, m, d]
 PIECE = 4096  # tokens of a body in host memory that are on the device at once when all of it is read
+
+
+@dataclass
+class Meter:
+    """Bytes of a body in host memory that were read whole: what happened stays counted when tokens are taken back."""
+
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Indexed:
         run = selector.run or 1
         moves = tier is not None and not tier.attend and selector.selects()
         self.resident = Resident(batch, heads, run, device) if moves else None
-        self.streamed = 0  # bytes of a body in host memory that were read whole
+        self.streamed = Meter()
 
     @property
     def counts(self) -> np.ndarray:
@@ -86,7 +94,7 @@ class Indexed:
             index |= {"size": units.size.int(), "start": start.int()}
             self.longest = max(self.longest, int(units.size.max()))
         if index:
-            self.units.append(rows, index)
+            self.units.append(rows, index, per=max(1, m // next(iter(index.values())).shape[2]))
         if self.resident is not None:
             run = self.resident.run
             for row, begin in zip(rows.tolist(), first.tolist(), strict=True):
@@ -98,8 +106,8 @@ class Indexed:
         if self.tier is None:
             k, v = self.tokens.live("k"), self.tokens.live("v")
             return attention(q, k, v, spec.scale, self._all(0, k.shape[2], q.device), spec.softcap)
-        if self.tier.attend:
-            k, v = self.tokens.live("k").cpu(), self.tokens.live("v")
+        if self.tier.attend and q.shape[2] <= FEW:
+            k, v = self.tokens.live("k"), self.tokens.live("v")
             here = attention(q.cpu(), k, v, spec.scale, self._all(0, k.shape[2], v.device), spec.softcap)
             return _moved(here, q.device)
         parts, stop = [], int(self.counts.max())
@@ -107,7 +115,7 @@ class Indexed:
         host = {name: self.tokens.parts[name] for name in names}
         for lo, hi, piece in stream(host, stop, PIECE, self.device):
             k = piece["k"] if "k" in piece else self.tokens.parts["k"][:, :, lo:hi]
-            self.streamed += sum(x.nbytes for x in piece.values())
+            self.streamed.moved += sum(x.nbytes for x in piece.values())
             parts.append(attention(q, k, piece["v"], spec.scale, self._all(lo, hi, q.device), spec.softcap))
         return merge(parts)
 
@@ -122,12 +130,13 @@ class Indexed:
         parts to be merged, and what to remember."""
         room = np.minimum(np.maximum(room, 0), self.counts)
         most = int(room.max(initial=0))
-        if (room >= self.counts).all() and self.selector.scope != "query_head":
-            return [self.attend(query.q, query.spec)], past
+        whole = room >= self.counts
+        if whole.all() and self.selector.scope != "query_head":
+            return [self.attend(query.q, query.spec)], past.expired(whole)
         estimated = self.selector.estimation(self._index())
         if most == 0 and estimated is None:
             return [], past
-        past = self._choose(query, max(most, 1), tokens, past)
+        kept, past = past, self._choose(query, max(most, 1), tokens, past).expired(whole)
         assert past.order is not None
         same = bool((room == room[0]).all())
         space: Tensor | int = int(room[0]) if same else torch.from_numpy(room).to(self.device).view(-1, 1, 1)
@@ -142,7 +151,7 @@ class Indexed:
                 parts = [self._on_device(query, listing, space, most)]
         if estimated is not None:
             parts.append(self._estimate(query, *estimated, past.order, space))
-        return parts, past
+        return parts, past if self.selector.remembers else kept
 
     def _choose(self, query: Query, most: int, tokens: np.ndarray, past: Past) -> Past:
         """The order of units, fresh where the last one does not serve."""
@@ -184,16 +193,20 @@ class Indexed:
     def _order(self, query: Query, k: int) -> Tensor:
         """The k best units, [B, H', k]; H' is 1, the KV heads or the query heads, by the selector's scope."""
         index, spec = self._index(), query.spec
-        s = self.selector.logits(query.scored, index) * spec.scale
-        if spec.softcap is not None:
-            s = s.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        s = self.selector.logits(query.scored, index)
+        s = self._scaled(s, spec) if self.selector.scaled else s
         s = self._hide_absent(s, index)
         if self.selector.scope == "query_head":
             return top(s, k)
         heads = 1 if self.selector.scope == "layer" else self.heads
-        rest = None if query.rest is None else query.rest[:, :, 0]
+        rest = query.rest[:, :, 0] if query.rest is not None and self.selector.scaled else None
         score = vote(s, heads, rest)
         return top(self._hide_absent(score, index), k)
+
+    def _scaled(self, s: Tensor, spec: Spec) -> Tensor:
+        """Scores as the model's attention has them."""
+        s = s.mul_(spec.scale)
+        return s if spec.softcap is None else s.div_(spec.softcap).tanh_().mul_(spec.softcap)
 
     def _hide_absent(self, s: Tensor, index: Index) -> Tensor:
         """Set s [B, ., U] to -inf where a row has no such unit or the unit is empty."""
@@ -225,19 +238,23 @@ class Indexed:
             return start.repeat_interleave(group, 1), size.repeat_interleave(group, 1)
         return start, size
 
+    def _cuts(self, listing: Listing, room: Tensor | int) -> bool:
+        """Whether a unit may have to be cut to fill the room; single tokens never are."""
+        return self.selector.run != 1 and not (isinstance(listing.length, int) and listing.length == room)
+
     def _cut(
         self, query: Query, listing: Listing, where: Tensor, keys_at: _KeysAt, room: Tensor | int, most: int
     ) -> Tensor:
         """Where the chosen tokens stand, [B, H', most]: units that fit, then the best of the unit that is cut, by their
         true scores.  where [B, H', W] are the places of the tokens listed."""
-        if isinstance(listing.length, int) and listing.length == room:
+        if not self._cuts(listing, room):
             return where[..., :most]
         before = listing.before
         place = torch.arange(self.longest, device=where.device) + before
         place = place.expand(*where.shape[:2], -1)
         inside = place < listing.length
         cut = where.gather(-1, place.clamp(max=where.shape[-1] - 1))
-        s = products(query.q[:, :, 0], keys_at(cut)) * query.spec.scale
+        s = self._scaled(products(query.q[:, :, 0], keys_at(cut)), query.spec)
         lists = where.shape[1]
         s = s.masked_fill(~inside.repeat_interleave(s.shape[1] // lists, 1), float("-inf"))
         score = s if lists == s.shape[1] else vote(s, lists)
@@ -295,7 +312,7 @@ class Indexed:
         fetch.wait()
         resident.settle()
         where = fetch.slots.repeat_interleave(run, -1) * run + offset
-        uncut = isinstance(listing.length, int) and listing.length == room
+        uncut = not self._cuts(listing, room)
         if uncut and fetch.most_missing == 0:
             return parts
         late = ~early & (place[:most] < room)
@@ -336,7 +353,7 @@ class Indexed:
     def traffic(self) -> Traffic:
         """What reading cost between host and device so far."""
         hits, misses, moved = (0, 0, 0) if self.resident is None else self.resident.counts()
-        return Traffic(hits, misses, moved + self.streamed)
+        return Traffic(hits, misses, moved + self.streamed.moved)
 
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows [B']."""
@@ -348,7 +365,7 @@ class Indexed:
             self.resident.reorder(rows)
 
     def snapshot(self) -> Indexed:
-        """The present state, which later appends do not disturb; residency is shared."""
+        """The present state, which later appends do not disturb; residency and the count of bytes are shared."""
         twin = object.__new__(Indexed)
         twin.__dict__.update(self.__dict__, tokens=self.tokens.snapshot(), units=self.units.snapshot())
         return twin
@@ -359,6 +376,7 @@ class Indexed:
         twin.tokens, twin.units = self.tokens.copy(), self.units.copy()
         twin.fixed = {name: x.clone() for name, x in self.fixed.items()}
         twin.resident = None if self.resident is None else self.resident.copy()
+        twin.streamed = replace(self.streamed)
         return twin
 
     def storages(self) -> Iterator[tuple[str, str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,20 +23,19 @@ if TYPE_CHECKING:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-def attend(group: HeadGroup, q: Tensor, spec: Spec, lse: bool) -> Partial:
-    """Attention of q [B, Hq, n, d], each row over the sinks, the tail up to itself and what the selector reads for it."""
+def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse: bool) -> Partial:
+    """Attention of q [B, Hq, n, d], each row over the sinks, the tail up to itself and what the selector reads for it; the
+    queries are of the last new[r] tokens of row r (None: all)."""
     assert group.tail is not None and group.selector is not None
     body = group.body
     kept = group.sink is not None or body is not None
     tail = group.tail.attend(q, spec, lse=lse or kept or spec.sinks is not None)
     parts = [tail] if group.sink is None else [group.sink.attend(q, spec), tail]
-    rest = (
-        None if body is None or not group.selector.selects() else merge([_lse_only(part) for part in parts], spec.sinks).lse
-    )
+    rest = None if body is None or not group.selector.selects() else _lse_of(parts, spec)
     rows, n = [], q.shape[2]
     for j in range(n):  # more than one row only while drafts are verified: each selects as if it came alone
         later = n - 1 - j
-        newest = partial(_id, group, later)
+        before, newest = group.past, partial(_id, group, later)
         scored, group.past = group.selector.prepare(q[:, :, j], group.past, newest, group.tokenizer)
         here = parts if n == 1 else [_row(part, j) for part in parts]
         if isinstance(body, Indexed):
@@ -44,6 +43,8 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, lse: bool) -> Partial:
             query = Query(q[:, :, j : j + 1], scored, row_rest, spec)
             found, group.past = body.read(query, room(group) + later, group.tokens - later, group.past)
             here = [*here, *found]
+        if new is not None:
+            group.past = group.past.where(new > later, before)
         if group.draft is not None:
             group.draft.pasts.append(group.past)
         rows.append(merge(here, spec.sinks))
@@ -63,10 +64,12 @@ def room(group: HeadGroup) -> np.ndarray:
     return left
 
 
-def _lse_only(part: Partial) -> Partial:
-    """A part without its output, to merge log-sum-exps alone."""
-    assert part.lse is not None
-    return Partial(part.lse.unsqueeze(-1), part.lse)
+def _lse_of(parts: list[Partial], spec: Spec) -> Tensor:
+    """Log-sum-exp [B, Hq, n] of several parts and a model's own sinks."""
+    lses = [part.lse for part in parts if part.lse is not None]
+    if spec.sinks is not None:
+        lses.append(spec.sinks.float().view(1, -1, 1))
+    return reduce(torch.logaddexp, lses)
 
 
 def _row(part: Partial, j: int) -> Partial:
@@ -91,8 +94,8 @@ def seal(group: HeadGroup, closing: bool = False) -> None:
     sinks, body = _due(group, split, closing)
     moved = body + sinks
     if moved.any():
-        _take_sinks(group, sinks)
         moved = sinks + _take_body(group, sinks, body, split, prompt=group.open or closing)
+        _take_sinks(group, sinks)
         group.chosen = np.where(moved > 0, group.tokens, group.chosen if len(group.chosen) else 0)
         group.tail.drop(moved)
     sealed = group.tokens - group.tail.lengths
@@ -144,11 +147,13 @@ def _take_body(group: HeadGroup, sinks: np.ndarray, due: np.ndarray, split: Spli
     fresh = body.counts == 0
     body.base = np.where(fresh, sealed + sinks, body.base)
     went = np.zeros_like(due)
-    for rows in _alike(due, fresh, group.selector.requirements().token_ids):
+    for rows in _alike(np.stack([due, fresh, split.block], 1), group.selector.requirements().token_ids):
         first = tail.starts[rows] + sinks[rows]
         limit = int(split.block[rows[0]])
         block = _block(group, body, rows, first, int(due[rows[0]]), limit)
         whole = group.selector.whole(block)
+        if not whole:
+            continue
         piece = SEGMENT if prompt or fresh[rows[0]] else limit
         for start in range(0, whole, piece if group.selector.fitted else whole):
             stop = min(whole, start + piece) if group.selector.fitted else whole
@@ -156,17 +161,19 @@ def _take_body(group: HeadGroup, sinks: np.ndarray, due: np.ndarray, split: Spli
             position = None if body.implicit else part.positions
             body.append(rows, part.keys, part.values, position, group.selector.build(part))
         went[rows] = whole
+    if not body.counts.any():
+        group.body = None
     return went
 
 
-def _alike(due: np.ndarray, fresh: np.ndarray, alone: bool) -> Iterator[np.ndarray]:
-    """Rows that can be taken together: of equal counts, or each for itself."""
-    rows = np.flatnonzero(due)
+def _alike(kinds: np.ndarray, alone: bool) -> Iterator[np.ndarray]:
+    """Rows with something due that can be taken together: of equal kinds [B, ...], or each for itself."""
+    rows = np.flatnonzero(kinds[:, 0])
     if alone:
         yield from (rows[i : i + 1] for i in range(len(rows)))
         return
-    for kind in np.unique(np.stack([due[rows], fresh[rows]], 1), axis=0) if len(rows) else ():
-        yield rows[(due[rows] == kind[0]) & (fresh[rows] == kind[1])]
+    for kind in np.unique(kinds[rows], axis=0):
+        yield rows[(kinds[rows] == kind).all(1)]
 
 
 def _block(group: HeadGroup, body: Indexed, rows: np.ndarray, first: np.ndarray, m: int, limit: int) -> Block:
@@ -177,26 +184,34 @@ def _block(group: HeadGroup, body: Indexed, rows: np.ndarray, first: np.ndarray,
         k, v = (x[:, :, first[0] : first[0] + m] for x in (tail.k, tail.v))
     else:
         k, v = (torch.stack([x[r, :, at : at + m] for r, at in zip(rows, first, strict=True)]) for x in (tail.k, tail.v))
-    at = torch.from_numpy(group.tokens[rows] - tail.lengths[rows] + first - tail.starts[rows]).to(tail.k.device)
-    positions = (at.view(-1, 1, 1) + torch.arange(m, device=tail.k.device)).expand(-1, k.shape[1], -1)
-    return _describe(group, body, rows, (k, v, positions), limit)
+    at = group.tokens[rows] - tail.lengths[rows] + first - tail.starts[rows]
+    begin = torch.from_numpy(at).to(tail.k.device).view(-1, 1, 1)
+    positions = (begin + torch.arange(m, device=tail.k.device)).expand(-1, k.shape[1], -1)
+    return _describe(group, body, rows, (k, v, positions), at, limit)
 
 
-def _describe(group: HeadGroup, body: Indexed, rows: np.ndarray, part: tuple[Tensor, Tensor, Tensor], limit: int) -> Block:
-    """A block of keys, values and positions [R, H, m, ...] of the rows given."""
+def _describe(
+    group: HeadGroup,
+    body: Indexed,
+    rows: np.ndarray,
+    part: tuple[Tensor, Tensor, Tensor],
+    first: np.ndarray,
+    limit: int,
+) -> Block:
+    """A block of keys, values and positions [R, H, m, ...] of the rows given, in spans from positions first [R] on."""
     k, v, positions = part
     whole = len(rows) == len(group.tokens)
     index = None if whole else torch.from_numpy(rows).to(k.device)
     fixed = {name: x if index is None else x[index] for name, x in body.fixed.items()}
     heads = np.arange(k.shape[1]) if group.heads is None else group.heads
 
-    def ids(first: int, stop: int) -> Tensor:
+    def ids(start: int, stop: int) -> Tensor:
         assert group.token_ids is not None
-        span = torch.arange(first, stop, device=k.device).expand(len(group.tokens), 1, -1)
+        span = torch.arange(start, stop, device=k.device).expand(len(group.tokens), 1, -1)
         found = group.token_ids(span)[:, 0]
         return found if index is None else found[index]
 
-    return Block(k, v, positions, heads, limit, fixed, ids, group.tokenizer)
+    return Block(k, v, positions, first, heads, limit, fixed, ids, group.tokenizer)
 
 
 def _body(group: HeadGroup, implicit: bool) -> Indexed:
@@ -206,7 +221,7 @@ def _body(group: HeadGroup, implicit: bool) -> Indexed:
         tail, selector = group.tail, group.selector
         batch, heads = tail.k.shape[:2]
         places = np.arange(heads) if group.heads is None else group.heads
-        fixed = {} if group.open else selector.calibrate(group.products, places, tail.k)
+        fixed = selector.calibrate(group.products, places, tail.k)
         base = np.zeros(batch, dtype=np.int64)
         group.body = Indexed(selector, group.tier, batch, heads, tail.k.device, base, implicit, fixed)
     return group.body
@@ -222,5 +237,6 @@ def index_kept(group: HeadGroup) -> None:
         index = slots[row, :, : int(tiles.counts[row, 0])]
         k, v, positions = (x.flatten(0, 1)[index][None] for x in (tiles.k, tiles.v, tiles.positions))
         rows = np.array([row])
-        block = _describe(group, body, rows, (k, v, positions.long()), int(group.split.block[row]))
+        begin = 0 if group.sink is None else int(group.sink.counts[row, 0])
+        block = _describe(group, body, rows, (k, v, positions.long()), np.array([begin]), int(group.split.block[row]))
         body.append(rows, k, v, positions, group.selector.build(block))

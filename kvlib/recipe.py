@@ -82,6 +82,9 @@ class Recipe:
                 "evictor that acts once, when the prompt ends (h2o_prefill, snapkv)"
             )
             raise RecipeError(select.name, None, None, remedy)
+        if select.scope == "layer":
+            remedy = f"after {evict.name} a layer's heads hold different tokens and cannot share a list: give scope=kv_head"
+            raise RecipeError(select.name, "scope", select.scope, remedy)
         if getattr(evict, "adaptive", False):
             remedy = f"{evict.name}(adaptive=True) leaves each head another number of tokens to choose from: leave it out"
             raise RecipeError(select.name, None, None, remedy)
@@ -122,7 +125,15 @@ class Recipe:
             if taken > budget:
                 remedy = f"{' + '.join(f'{s}={getattr(self, s)}' for s in written)} exceed it: give {taken} or more"
                 raise RecipeError(chooser.name, "budget", budget, remedy)
-        chooser.split(np.ones(1, dtype=np.int64), self.sizes)
+        split = chooser.split(np.ones(1, dtype=np.int64), self.sizes)
+        if isinstance(chooser, Selector) and isinstance(budget, int):
+            for size in written:
+                found, asked = int(getattr(split, size)[0]), getattr(self, size)
+                if found != asked:
+                    remedy = f"within budget={budget} it could be {found} at most: give that, or a larger budget"
+                    if size == "block" and asked % max(1, chooser.run):
+                        remedy = f"pages have {chooser.run} tokens: give a multiple of it"
+                    raise RecipeError("recipe", size, asked, remedy)
 
     @property
     def evictor(self) -> Evictor | None:

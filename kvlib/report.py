@@ -25,7 +25,9 @@ def report(cache: Cache) -> str:
     lines += _selection(cache)
     if cache.table is not None:
         lines.append(_heads(cache))
-    lines.append("ran         attention, merge and column mass: torch reference (no Triton kernels in this version)")
+    lines.append(
+        "ran         attention, merge, column mass and selection: torch reference (no Triton kernels in this version)"
+    )
     return "\n".join(lines)
 
 
@@ -62,11 +64,11 @@ def _selection(cache: Cache) -> list[str]:
     attended = cache.attended()[torch.from_numpy(cache.managed_layers)]
     kept = cache.kept()[torch.from_numpy(cache.managed_layers)]
     if select is not None and kept.numel():
-        parts, used = cache.nbytes(by="part"), cache.nbytes(by="part", used=True)
+        used = cache.nbytes(by="part", used=True)
         share = 100 * used["index"] / max(1, used["body"])
         lines.append(
             f"reads       {int(attended.min())} to {int(attended.max())} tokens per head and query "
-            f"({100 * int(attended.sum()) / max(1, int(kept.sum())):.1f} % of those held); index {parts['index']:,} bytes, "
+            f"({100 * int(attended.sum()) / max(1, int(kept.sum())):.1f} % of those held); index {used['index']:,} bytes, "
             f"{share:.1f} % of the body's keys and values"
         )
         if select.remark():
@@ -74,7 +76,8 @@ def _selection(cache: Cache) -> list[str]:
     if cache.recipe.tier is not None:
         hits, misses, moved = cache.traffic()
         rate = f"hit rate {100 * hits / (hits + misses):.1f} % of {hits + misses:,} runs; " if hits + misses else ""
-        lines.append(f"host        {rate}{moved:,} bytes moved to the device")
+        place = "; the CPU attends what lives there" if cache.recipe.tier.attend else ""
+        lines.append(f"host        {rate}{moved:,} bytes moved to the device{place}")
     return lines
 
 

@@ -25,13 +25,20 @@ class Rows:
         self.host = frozenset(host)
         self._device, self._step = device, step
 
-    def append(self, rows: np.ndarray, parts: Mapping[str, Tensor]) -> None:
-        """Add entries [R, H, m, ...] to the rows given [R], which must be distinct; every part, the same m."""
+    def append(self, rows: np.ndarray, parts: Mapping[str, Tensor], per: int = 1) -> None:
+        """Add entries [R, H, m, ...] to the rows given [R], which must be distinct; every part, the same m.  An entry
+        stands for about `per` tokens, which bounds the slack."""
         m = next(iter(parts.values())).shape[2] if parts else 0
         need = int(self.counts[rows].max(initial=0)) + m
         together = len(rows) == len(self.counts) and bool((self.counts == self.counts[0]).all())
         for name, x in parts.items():
-            buffer = self._reserve(name, x, need)
+            buffer = self._reserve(name, x, need, per)
+            if x.is_cuda and not buffer.is_cuda:  # contiguous pieces: others are staged in pageable memory
+                for row, new in zip(rows.tolist(), x, strict=True):
+                    first = int(self.counts[row])
+                    for head, piece in enumerate(new.contiguous()):
+                        buffer[row, head, first : first + m].copy_(piece)
+                continue
             if together and (np.diff(rows) == 1).all():
                 first = int(self.counts[0])
                 buffer[:, :, first : first + m] = x
@@ -42,11 +49,11 @@ class Rows:
         self.counts = self.counts.copy()
         self.counts[rows] += m
 
-    def _reserve(self, name: str, like: Tensor, need: int) -> Tensor:
+    def _reserve(self, name: str, like: Tensor, need: int, per: int) -> Tensor:
         buffer = self.parts.get(name)
         if buffer is not None and need <= buffer.shape[2]:
             return buffer
-        room = max(need, (need + slack(need)) // self._step * self._step)
+        room = max(need, (need + slack(need * per) // per) // self._step * self._step)
         shape = (len(self.counts), like.shape[1], -(-room // self._step) * self._step, *like.shape[3:])
         fresh = (
             host_empty(shape, like.dtype, self._device) if name in self.host else empty(shape, like, device=self._device)

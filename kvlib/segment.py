@@ -115,6 +115,8 @@ class Tail:
 
     def take_back(self, n: int) -> None:
         """Forget the newest n tokens of every row."""
+        if self.shared and n:
+            self._rebuild(self.k.shape[2])  # a snapshot still reads the slots that come free
         self.end -= n
 
     def drop(self, oldest: np.ndarray) -> None:

@@ -278,6 +278,8 @@ def _live_bytes(cache: Any) -> int:
         if id(item) in visited or isinstance(item, type) or (callable(item) and not hasattr(item, "__dict__")):
             continue
         visited.add(id(item))
+        if isinstance(item, torch.nn.Parameter):
+            continue  # a model's own attention sinks are its weights
         if isinstance(item, Tensor):
             storage = item.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()

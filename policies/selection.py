@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -38,14 +38,16 @@ SCOPES = ("kv_head", "layer", "query_head")
 class Block:
     """Tokens of R batch rows about to enter the body: keys and values [R, H, m, d] and their positions [R, H, m].
 
-    heads [H] are the KV heads' places in the model, layer * kv_heads + head; limit is the most tokens that may wait for a
-    unit to be whole; fixed holds what `Selector.calibrate` found for these rows; `ids(first, stop)` fetches the ids
-    [R, stop - first] of a span of positions where the method asked for token ids, and tokenizer reads them.
+    first [R] are the positions where the span begins in which they lie (evictors leave gaps); heads [H] are the KV heads'
+    places in the model, layer * kv_heads + head; limit is the most tokens that may wait for a unit to be whole; fixed holds
+    what `Selector.calibrate` found for these rows; `ids(start, stop)` fetches the ids [R, stop - start] of a span of
+    positions where the method asked for token ids, and tokenizer reads them.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    first: np.ndarray
     heads: np.ndarray
     limit: int
     fixed: dict[str, Tensor]
@@ -77,7 +79,8 @@ class Index:
 @dataclass(frozen=True)
 class Past:
     """What a selector remembers of earlier queries: the last order of units [B, H, K], when it was made (`tokens` [B]) and
-    with how much in the body (`sealed` [B]), the query [B, Hq, d] it was made for, and tensors [B, ...] of its own."""
+    with how much in the body (`sealed` [B], -1 where it must not serve again), the query [B, Hq, d] it was made for, and
+    tensors [B, ...] of its own."""
 
     order: Tensor | None = None
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -85,8 +88,35 @@ class Past:
     query: Tensor | None = None
     own: dict[str, Tensor] = field(default_factory=dict)
 
+    def expired(self, rows: np.ndarray) -> Past:
+        """The same, but rows [B] that read everything now will choose anew."""
+        return self if self.order is None else replace(self, sealed=np.where(rows, -1, self.sealed))
+
+    def where(self, real: np.ndarray, before: Past) -> Past:
+        """What rows [B] with a token remember now, and the others what they did before."""
+        if self is before or real.all():
+            return self
+        rows = torch.from_numpy(real)
+
+        def mixed(now: Tensor | None, then: Tensor | None) -> Tensor:
+            some = then if now is None else now
+            assert some is not None
+            now, then = (torch.zeros_like(some) if x is None else x for x in (now, then))
+            return torch.where(rows.to(some.device).view(-1, *[1] * (some.dim() - 1)), now, then)
+
+        own = {name: mixed(self.own.get(name), before.own.get(name)) for name in {**before.own, **self.own}}
+        if self.order is None or before.order is None:  # one of the two kinds of rows has not chosen
+            chosen = self.expired(~real) if before.order is None else before.expired(real)
+            return replace(chosen, own=own)
+        width = max(self.order.shape[-1], before.order.shape[-1])
+        order, last = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (self.order, before.order))
+        tokens, sealed = np.where(real, self.tokens, before.tokens), np.where(real, self.sealed, before.sealed)
+        return Past(mixed(order, last), tokens, sealed, mixed(self.query, before.query), own)
+
     def reorder(self, rows: Tensor) -> Past:
         """Select batch rows [B']."""
+        if not self.tensors():
+            return self  # and do not ask the device which rows
         chosen = rows.cpu().numpy()
 
         def picked(x: Tensor | None) -> Tensor | None:
@@ -118,7 +148,6 @@ class Selector(Method):
         False  # whether units are fitted to a block as a whole, and may put its tokens in another order
     )
     reads_keys: ClassVar[bool] = False  # whether the keys themselves are the index, and stay on the device on any tier
-    remembers: ClassVar[bool] = False  # whether a choice depends on earlier queries
 
     budget: Budget = 0.25
     scope: str = "kv_head"
@@ -134,6 +163,16 @@ class Selector(Method):
     def run(self) -> int:
         """Tokens of every unit, 0 where they differ."""
         return 0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a choice depends on earlier queries."""
+        return False
+
+    @property
+    def scaled(self) -> bool:
+        """Whether votes use the attention's own scale; else the logits as they are, among themselves."""
+        return True
 
     @property
     def minimum(self) -> int:
@@ -166,8 +205,8 @@ class Selector(Method):
         """What this instance needs; `needs` of the class unless it depends on a parameter."""
         return self.needs
 
-    def fit(self, shape: tuple[int, int, int]) -> None:
-        """Raise RecipeError where the method cannot serve a model of shape (layers, KV heads, d)."""
+    def fit(self, shape: tuple[int, int, int], tokenizer: Any) -> None:
+        """Raise RecipeError where the method cannot serve a model of shape (layers, KV heads, d) with this tokenizer."""
 
     def remark(self) -> str:
         """What a report should say of this instance."""
@@ -224,6 +263,15 @@ class Everything(Selector):
     def build(self, block: Block) -> Units:
         """No units."""
         return Units({})
+
+    def split(self, seen: np.ndarray, sizes: Sizes) -> Split:
+        """The same however long the prompt."""
+        sink, recent, block = (
+            default if size is None else size
+            for size, default in zip((sizes.sink, sizes.recent, sizes.block), self.portions, strict=True)
+        )
+        none = np.zeros_like(seen)
+        return Split(none + sink, none + recent, none + block, seen)
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """Nothing is ever ranked."""

@@ -18,7 +18,7 @@ class Reader:
     """Feeds `heads` KV heads under a recipe, the model's first .. first + heads - 1; outputs are the attention
     probabilities by position, [B, Hq, n, size]."""
 
-    def __init__(self, recipe, heads=1, size=256, spec=SPEC, first=0):
+    def __init__(self, recipe, heads=1, size=320, spec=SPEC, first=0):
         recipe = Recipe.parse(recipe)
         at = first + np.arange(heads)
         self.group = HeadGroup(recipe.evictor, recipe.sizes, selector=recipe.select, heads=at, tier=recipe.tier)
@@ -38,6 +38,12 @@ class Reader:
         self.group.spec = self.spec
         self.group.take_in(k, self.eye[: k.shape[2]].expand(*k.shape[:2], -1, -1), None)
         self.group.finish_prefill()
+
+    def ask(self, q, k=None):
+        """Attention of a token, of key zero unless given, that is taken back afterwards, [B, Hq, size]."""
+        out = self.feed(q, q.new_zeros(len(q), self.heads, 1, q.shape[3]) if k is None else k, recording=True)
+        self.group.crop(1)
+        return out[:, :, 0]
 
     def steps(self, q, k, first):
         """Feed what is left of q and k from token `first` on one by one, [B, Hq, n, size]."""
@@ -98,9 +104,10 @@ def ranked(promised, q, k, always, sharing, spec=SPEC):
     """The order of units on which the query heads `sharing` a list agree: by the sum of their softmax over the units and
     what is read in any case; ties by the lower unit.
 
-    promised [Hq][units] unscaled scores; q [Hq, d]; k [Hq, T, d], the keys as each query head sees them; always: positions.
+    promised: unscaled scores of the units by each of these heads; q [Hq, d]; k [Hq, T, d], the keys as each query head sees
+    them; always: positions.
     """
-    votes = np.zeros(len(promised[0]))
+    votes = np.zeros(len(promised[sharing[0]]))
     for h in sharing:
         s = np.concatenate([np.asarray(promised[h]), (k[h, always].double() @ q[h].double()).numpy()]) * spec.scale
         s = s if spec.softcap is None else spec.softcap * np.tanh(s / spec.softcap)

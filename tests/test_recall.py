@@ -207,7 +207,7 @@ def test_a_report_says_what_is_read_what_it_costs_and_where_it_is():
     text, traffic = cache.report(), cache.traffic()
     assert f"{cache.nbytes()['host']:,} allocated on the host" in text
     assert "reads       24 to 24 tokens per head and query (23.8 % of those held)" in text
-    index = cache.nbytes(by="part")["index"]
+    index = cache.nbytes(by="part", used=True)["index"]
     assert index > 0
     assert f"index {index:,} bytes" in text
     rate = 100 * traffic.hits / (traffic.hits + traffic.misses)
@@ -227,3 +227,53 @@ def test_crops_without_recording_stop_where_a_trace_would_remain():
     assert group.tokens[0] == 301
     with pytest.raises(ValueError, match="only the newest"):
         group.check_crop(10)
+
+
+def test_bytes_that_moved_stay_counted_when_tokens_are_taken_back():
+    group = group_of("full @ host")
+    feed(group, *tokens(300))
+    steps(group, 1)
+    q, k, v = tokens(5, 2)
+    with torch.no_grad():
+        group.forward(q, k, v, None, SPEC, recording=True)
+    moved = census.traffic(group).moved
+    assert moved > 0
+    group.crop(5)
+    assert census.traffic(group).moved >= moved
+    for recipe in ("full @ host", "snapkv(budget=40, window=8) @ host", "quest(budget=40, page=4) @ host"):
+        group = group_of(recipe)
+        feed(group, *tokens(300))
+        steps(group, 2)
+        before = census.traffic(group)
+        twin = group.copy(None)
+        steps(twin, 2)
+        assert census.traffic(group) == before
+        assert census.traffic(twin).moved >= before.moved
+        assert census.traffic(twin) != before
+
+
+def test_rows_of_other_lengths_do_not_change_a_rows_clusters():
+    """Fractional budgets give rows blocks of different sizes, also where as many tokens are due."""
+    lengths, recipe = [37, 96, 70], "clusterkv(budget=0.3, cluster=6)"
+    q, k, v = tokens(96, 4, batch=3)
+    together, chunk, step = group_of(recipe), tokens(40, 5, batch=3), tokens(1, 6, batch=3)
+    feed(together, q, k, v, np.array(lengths))
+    for each in (step, chunk, step):
+        out = feed(together, *each)
+    for row, n in enumerate(lengths):
+        alone = group_of(recipe)
+        feed(alone, *(x[row : row + 1, :, 96 - n :] for x in (q, k, v)))
+        for each in (step, chunk, step):
+            lone = feed(alone, *(x[row : row + 1] for x in each))
+        assert torch.allclose(out[row], lone[0], atol=1e-5)
+
+
+def test_a_cpu_that_attends_leaves_prompts_to_the_device():
+    group, full = group_of("full @ host(attend=True)"), group_of("full")
+    for each in (group, full):
+        feed(each, *tokens(300))
+        steps(each, 1)
+    assert census.traffic(group).moved == 0
+    chunk = tokens(40, 7)
+    assert torch.allclose(feed(group, *chunk), feed(full, *chunk), atol=1e-5)
+    assert census.traffic(group).moved > 0

@@ -53,6 +53,10 @@ RECIPES += [
 ]
 RECIPES += [
     "quest(budget=0.25, page=4, every=3)",
+    "oracle(budget=0.3) @ host",  # rows of different length have different room
+    "tokenselect(budget=0.25) @ host",
+    "clusterkv(budget=0.3, cluster=6) @ host",
+    "sentencekv(budget=0.3, r=inf) @ host(attend=True)",
     "quest(budget=24, page=8, logical=2, scope=query_head)",
     "quest(budget=24, page=4, scope=layer, bounds=meanstd)",
     "lserve(budget=24, page=8, logical=2, sink=4, recent=16)",

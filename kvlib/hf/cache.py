@@ -53,13 +53,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self.token_ids = TokenIds() if any(needs.token_ids for needs in self.recipe.needs().values()) else None
         stock = DynamicCache(config=config).layers
         managed = [type(layer) is DynamicLayer for layer in stock]
-        if not any(managed) and self.recipe.lossy:
+        if not any(managed) and self.recipe != Recipe():
             raise ValueError(
                 f"no layer of this {self.spec.family!r} model attends to everything (sliding windows keep their stock "
                 "cache), so there is nothing to compress: use a stock cache, or set sliding_window=None"
             )
         if self.recipe.select is not None:
-            self.recipe.select.fit((self.spec.layers, self.spec.kv_heads, self.spec.head_dim))
+            self.recipe.select.fit((self.spec.layers, self.spec.kv_heads, self.spec.head_dim), tokenizer)
         self.table = self._head_table(model)
         attach(model, None if self.token_ids is None else _take_ids)
         self.managed_layers = np.array(managed)
@@ -85,7 +85,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         recipe, groups, heads = self.recipe, [], []
         select, evict = recipe.select, recipe.evictor
         if select is not None and index < min(select.dense_layers, self.spec.layers // 4):
-            select = None
+            select, evict = None, recipe.evict
         ids = None if self.token_ids is None else self.token_ids.at
         first = index * self.spec.kv_heads
         if not streaming.all():

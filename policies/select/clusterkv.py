@@ -13,6 +13,8 @@ from kvlib.policies.base import Budget, RecipeError, check_flag, check_whole, re
 from kvlib.policies.select.kmeans import check_backend, spherical_kmeans
 from kvlib.policies.selection import Block, Index, Selector, Units, products
 
+LARGEST = 4  # times the average: a cluster of more tokens is read, moved and cut in parts
+
 
 @register
 @dataclass(frozen=True)
@@ -72,23 +74,26 @@ class ClusterKV(Selector):
     def build(self, block: Block) -> Units:
         """Clusters of every row and head."""
         rows = [self._cluster_row(block, row) for row in range(len(block.keys))]
-        parts = {name: torch.stack([row[0].summary[name] for row in rows]) for name in rows[0][0].summary}
-        return Units(parts, torch.stack([row[1] for row in rows]), torch.stack([row[2] for row in rows]))
+        units = max(size.shape[1] for _, size, _ in rows)
 
-    def _cluster_row(self, block: Block, row: int) -> tuple[Units, Tensor, Tensor]:
+        def joined(xs: list[Tensor]) -> Tensor:
+            return torch.stack([F.pad(x, (*[0, 0] * (x.dim() - 2), 0, units - x.shape[1])) for x in xs])
+
+        parts = {name: joined([summary[name] for summary, _, _ in rows]) for name in rows[0][0]}
+        return Units(parts, joined([size for _, size, _ in rows]), torch.stack([order for _, _, order in rows]))
+
+    def _cluster_row(self, block: Block, row: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """One row by itself, so that its clusters do not depend on the batch: summary, sizes [H, C], order [H, m]."""
         keys, values = block.keys[row], block.values[row]
         count = max(1, round(keys.shape[1] / self.cluster))
-        first = int(block.positions[row, 0, 0])
-        seeds = [hash((self.seed, int(head), first)) & 0x7FFFFFFF for head in block.heads]
+        seeds = [hash((self.seed, int(head), int(block.first[row]))) & 0x7FFFFFFF for head in block.heads]
         labels = spherical_kmeans(keys, count, self.iterations, seeds, self.backend, self.centre)
-        order = labels.argsort(dim=-1, stable=True)
-        size = torch.zeros(len(keys), count, dtype=torch.int32, device=keys.device)
-        size.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.int32))
+        members, order = labels.sort(dim=-1, stable=True)
+        size = sizes(members, LARGEST * self.cluster)
         summary = {"centroid": means(keys, order, size)}
         if self.estimate:
             summary["value"] = means(values, order, size)
-        return Units(summary), size, order
+        return summary, size, order
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """Inner product with the mean of a cluster's keys."""
@@ -97,6 +102,18 @@ class ClusterKV(Selector):
     def estimation(self, index: Index) -> tuple[Tensor, Tensor] | None:
         """Centroids and mean values."""
         return (index.summary["centroid"], index.summary["value"]) if self.estimate else None
+
+
+def sizes(members: Tensor, most: int) -> Tensor:
+    """Sizes [H, C] int32 of clusters from the sorted labels [H, m] of their members; what exceeds `most` tokens is a
+    cluster of its own, by position.  Heads with fewer clusters than others have empty ones at the end."""
+    place = torch.arange(members.shape[1], device=members.device).expand_as(members)
+    begins = torch.ones_like(members, dtype=torch.bool)
+    begins[:, 1:] = members[:, 1:] != members[:, :-1]
+    start = torch.where(begins, place, 0).cummax(-1).values
+    unit = (begins | ((place - start) % most == 0)).cumsum(-1) - 1
+    size = members.new_zeros(len(members), int(unit.max()) + 1, dtype=torch.int32)
+    return size.scatter_add_(1, unit, torch.ones_like(unit, dtype=torch.int32))
 
 
 def means(x: Tensor, order: Tensor, size: Tensor) -> Tensor:

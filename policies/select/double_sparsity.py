@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class DoubleSparsity(Selector):
         source = self.channels or "each row's own prompt (no channel table given)"
         return f"channels ranked by {source}"
 
-    def fit(self, shape: tuple[int, int, int]) -> None:
+    def fit(self, shape: tuple[int, int, int], tokenizer: Any) -> None:
         """Raise RecipeError where the table is of another model."""
         if self.channels and self._table.order.shape != shape:
             remedy = f"its shape is {self._table.order.shape}, the model has (layers, kv_heads, d) = {shape}: give its own"

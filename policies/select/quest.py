@@ -57,6 +57,11 @@ class Quest(Selector):
         return self.page
 
     @property
+    def remembers(self) -> bool:
+        """A choice of several steps is of the first one's query."""
+        return self.every > 1
+
+    @property
     def minimum(self) -> int:
         """At least three pages."""
         return 3 * self.page

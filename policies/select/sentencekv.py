@@ -38,7 +38,6 @@ class SentenceKV(Selector):
     paper: ClassVar[str] = "2504.00970"
     needs: ClassVar[Needs] = Needs(token_ids=True, tokenizer=True)
     lossless_recall: ClassVar[bool] = False
-    remembers: ClassVar[bool] = True
 
     budget: Budget = 1024
     r: float | str = 3.0
@@ -56,9 +55,22 @@ class SentenceKV(Selector):
             raise RecipeError(self.name, "scope", self.scope, "heads keep different tokens: give kv_head, or r=inf")
 
     @property
+    def remembers(self) -> bool:
+        """The mean query is of all queries since the last sentence ended."""
+        return True
+
+    @property
     def portions(self) -> tuple[int, int, int]:
         """As the paper's, and an open sentence that is read whole."""
         return 32, 32, 128
+
+    def fit(self, shape: tuple[int, int, int], tokenizer: Any) -> None:
+        """Raise RecipeError for a tokenizer whose vocabulary cannot be read."""
+        try:
+            terminators(tokenizer)
+        except (AttributeError, TypeError) as error:
+            remedy = f"it reads text, and this tokenizer's vocabulary cannot be read ({error}): give the model's own"
+            raise RecipeError(self.name, "tokenizer", type(tokenizer).__name__, remedy) from error
 
     def evictor(self) -> Evictor | None:
         """SnapKV with r times the budget; None where that is everything."""
@@ -69,13 +81,13 @@ class SentenceKV(Selector):
 
     def whole(self, block: Block) -> int:
         """Up to the last sentence that is complete."""
-        found = self._borders(block, int(block.positions[0, 0, 0]), block.keys.shape[2])
+        found = self._borders(block, int(block.first[0]), block.keys.shape[2])
         return int(found[-1]) if len(found) else 0
 
     def build(self, block: Block) -> Units:
         """A mean key per sentence; tokens that an evictor has left gaps between belong where they stood."""
         at = block.positions[0].cpu().numpy()  # rows that need ids come one by one
-        first, stop = int(at.min()), int(at.max()) + 1
+        first, stop = int(block.first[0]), int(at.max()) + 1
         ends = first + self._borders(block, first, stop - first)
         units = np.searchsorted(ends, at, side="right")
         count = int(units.max()) + 1
@@ -87,7 +99,8 @@ class SentenceKV(Selector):
     def _borders(self, block: Block, first: int, tokens: int) -> np.ndarray:
         """Ends of the complete sentences among `tokens` tokens from position `first` on."""
         ends, soft = terminators(block.tokenizer).of(block.ids(first, first + tokens)[0].cpu().numpy())
-        most = max(4, min(64, block.limit // 2))  # so that a sentence is whole before the tail has outgrown its share
+        # No longer than a block, so that one is whole whenever a block is due.
+        most = max(min(4, block.limit), min(64, block.limit // 2))
         return borders(ends, min(4, most), most, soft)
 
     def logits(self, q: Tensor, index: Index) -> Tensor:

@@ -30,7 +30,6 @@ class TokenSelect(Selector):
     name: ClassVar[str] = "tokenselect"
     paper: ClassVar[str] = "2411.02886"
     reads_keys: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
 
     budget: Budget = 2688
     scope: str = "layer"
@@ -42,6 +41,16 @@ class TokenSelect(Selector):
         check_flag(self.name, "raw", self.raw)
         if isinstance(self.theta, bool) or not isinstance(self.theta, int | float):
             raise RecipeError(self.name, "theta", self.theta, "give a cosine, or a number above 1 to choose at every step")
+
+    @property
+    def remembers(self) -> bool:
+        """A choice that serves again is of an earlier query."""
+        return self.theta <= 1
+
+    @property
+    def scaled(self) -> bool:
+        """Unless raw votes are asked for."""
+        return not self.raw
 
     @property
     def run(self) -> int:
@@ -60,8 +69,7 @@ class TokenSelect(Selector):
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """The true scores."""
         assert index.keys is not None
-        s = products(q, index.keys)
-        return s * q.shape[-1] ** 0.5 if self.raw else s
+        return products(q, index.keys)
 
     def reuse(self, q: Tensor, past: Past, tokens: np.ndarray) -> Tensor | None:
         """The last choice, while all heads' queries together stay close to those it was made for."""

@@ -62,6 +62,31 @@ def test_oracle_reads_and_evictors_hold_what_they_may(results):
             assert cell.held < BUDGET + 0.12  # 64 slots of slack weigh much in 768
 
 
+def test_selectors_answer_from_a_quarter_and_need_their_scores(loaded, broken):
+    """On tasks whose answers take several steps, so that selectors choose for most of them."""
+
+    @dataclass(frozen=True)
+    class Backwards(kvlib.policies.Quest):
+        """Read the pages that promise least."""
+
+        name: ClassVar[str] = "broken_quest"
+
+        def logits(self, q, index):
+            return -super().logits(q, index)
+
+    methods = ["quest", "clusterkv", "tokenselect", "double_sparsity", broken(Backwards)]
+    recipes = [f"{name}(budget=0.25, dense_layers=0)" for name in methods]
+    model, tokenizer = loaded
+    tasks = "niah, multikey(keys=16)"
+    found = evaluate(model, ["full", *recipes], tasks, tokenizer=tokenizer, baselines=False, **FIXED)
+    *good, bad = (mean(found, str(kvlib.Recipe.parse(recipe))) for recipe in recipes)
+    assert mean(found, "full") == 1
+    assert min(good) >= 0.95
+    assert bad <= 0.5
+    reads = [cell.read for cell in found.cells() if cell.recipe != "full"]
+    assert reads == pytest.approx([0.25] * len(reads), rel=0.03)
+
+
 @pytest.fixture
 def broken():
     """Register methods for one test."""

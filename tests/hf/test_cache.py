@@ -105,8 +105,9 @@ def test_sliding_layers_keep_their_stock_cache():
     assert "1 sliding or linear layers keep their stock cache" in cache.report()
     sliding = tiny_model("Mistral", sliding_window=24)
     kvlib.Cache(sliding, "full")
-    with pytest.raises(ValueError, match="sliding_window=None"):
-        kvlib.Cache(sliding, "h2o(budget=32)")
+    for recipe in ("h2o(budget=32)", "quest(budget=48)", "full @ host"):
+        with pytest.raises(ValueError, match="sliding_window=None"):
+            kvlib.Cache(sliding, recipe)
 
 
 def test_copies_live_their_own_lives():

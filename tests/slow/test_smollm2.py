@@ -67,3 +67,17 @@ def test_real_text_full_and_duo_attention_answer_streaming_does_not(model_and_to
     assert text["full"].kl == 0
     assert text["duo_attention"].kl < text["streaming_llm(recent=60)"].kl
     assert text["full"].value < 40  # perplexity of a model that reads English
+
+
+def test_real_text_selectors_answer_from_a_quarter_on_either_tier(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    methods = ["quest(budget=0.25)", "clusterkv(budget=0.25)", "duo_attention(sparsity=0.3) + tokenselect(budget=0.25)"]
+    recipes = ["full", *methods, *(method + " @ host" for method in methods)]
+    fixed = {"baselines": False, "questions": ["agnostic"], "depths": (0.05, 0.85), "batch": 4}
+    results = evaluate(model, recipes, "niah", [1024], 4, tokenizer=tokenizer, **fixed)
+    found = {cell.recipe: cell.value for cell in results.cells()}
+    assert found["full"] == 1
+    said = {(answer.recipe, answer.sample): answer.answer for answer in results.answers}
+    for recipe in map(str, map(kvlib.Recipe.parse, methods)):
+        assert found[recipe] >= 0.75
+        assert all(said[recipe, i] == said[recipe + " @ host", i] for i in range(4))
