@@ -255,10 +255,12 @@ class Indexed:
         inside = place < listing.length
         cut = where.gather(-1, place.clamp(max=where.shape[-1] - 1))
         s = self._scaled(products(query.q[:, :, 0], keys_at(cut)), query.spec)
-        lists = where.shape[1]
-        s = s.masked_fill(~inside.repeat_interleave(s.shape[1] // lists, 1), float("-inf"))
+        heads = where.shape[1]
+        lists = 1 if self.selector.scope == "layer" else heads  # places may be written out for each head of a shared list
+        s = s.masked_fill(~inside.repeat_interleave(s.shape[1] // heads, 1), float("-inf"))
         score = s if lists == s.shape[1] else vote(s, lists)
-        best = cut.gather(-1, top(score.masked_fill(~inside, float("-inf")), self.longest))
+        ranked = top(score.masked_fill(~inside[:, :lists], float("-inf")), self.longest)
+        best = cut.gather(-1, ranked.expand(-1, heads, -1))
         j = torch.arange(most, device=where.device).expand(*where.shape[:2], -1)
         chosen = best.gather(-1, (j - before).clamp(0, self.longest - 1))
         return torch.where(j < before, where[..., :most], chosen)

@@ -117,8 +117,9 @@ def ranked(promised, q, k, always, sharing, spec=SPEC):
     return sorted(range(len(votes)), key=lambda u: (-votes[u], u))
 
 
-def check_read(read, order, units, always, room, q, k, sharing):
-    """`read` holds what is read in any case, the best units that fit, and of the next one its best tokens."""
+def check_read(read, order, units, always, room, q, k, sharing, spec=SPEC):
+    """`read` holds what is read in any case, the best units that fit, and of the next one its best tokens: those of the
+    largest sum of softmax over its tokens."""
     whole, cut, left = list(always), [], room
     for unit in (units[u] for u in order):
         if len(unit) > left:
@@ -129,6 +130,8 @@ def check_read(read, order, units, always, room, q, k, sharing):
     read, left = set(places(read)), left if cut else 0
     assert set(whole) <= read <= {*whole, *cut}
     assert len(read) == len(whole) + left
-    if len(sharing) == 1 and left:  # several heads may agree on the tokens of the cut one in their own way
-        s = dict(zip(cut, (k[sharing[0], cut].double() @ q[sharing[0]].double()).tolist(), strict=True))
-        assert read - set(whole) == set(sorted(cut, key=lambda t: -s[t])[:left])
+    if left:
+        s = torch.stack([k[h, cut].double() @ q[h].double() for h in sharing]) * spec.scale
+        s = s if spec.softcap is None else spec.softcap * (s / spec.softcap).tanh()
+        best = dict(zip(cut, s.softmax(-1).sum(0).tolist(), strict=True))
+        assert read - set(whole) == set(sorted(cut, key=lambda t: -best[t])[:left])

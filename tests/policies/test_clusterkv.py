@@ -160,6 +160,18 @@ def test_planted_directions_become_clusters():
         assert sorted(clusters) == [list(range(c, 512, 8)) for c in range(8)]
 
 
+def test_a_cluster_far_above_the_average_is_kept_in_parts():
+    """Of at most four times the average, by position; they stand side by side."""
+    axes = directions(0, 8, 8)
+    about = (torch.arange(300) % 10 == 0).long()
+    k = F.pad(axes[about].view(1, 1, 300, 8), (0, 0, 0, 1))
+    clusters = check_index(filled("clusterkv(budget=64, cluster=10)" + ALL, k), k)[0]
+    many, few = ([t for t in range(300) if about[t] == x] for x in (0, 1))
+    parts = [many[i : i + 40] for i in range(0, len(many), 40)]
+    assert [len(part) for part in parts] == [40] * 6 + [30]
+    assert clusters in ([*parts, few], [few, *parts])
+
+
 def test_what_is_written_in_the_recipe_reaches_the_clusters():
     k = cloud(0, 1, 1, 300, 8) + torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 0])
 

@@ -163,7 +163,7 @@ def test_smaller_pages_find_more():
         "quest(budget=40, page=8, scope=query_head)",
         "quest(budget=40, page=8, scope=layer)",
         "quest(budget=40, page=8) + sink=0 + recent=1",
-        "quest(budget=48) + recent=25",
+        "quest(budget=48) + recent=32",
         "quest(budget=24, page=1)",
         "quest(budget=3, page=1)",
         "quest(budget=40, page=8) @ host",
@@ -220,7 +220,7 @@ def test_a_models_softcap_and_its_own_sinks_count_in_the_vote(spec):
             order = ranked(score, q[0, :, t], seen, always, sharing, spec)
             changed += order[:2] != ranked(score, q[0, :, t], seen, always, sharing)[:2]
             for h in sharing:
-                check_read(p[h] > 0, order, units, always, 40 - len(always), q[0, :, t], seen, sharing)
+                check_read(p[h] > 0, order, units, always, 40 - len(always), q[0, :, t], seen, sharing, spec)
     assert changed  # else they would not have been needed
 
 
