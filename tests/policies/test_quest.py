@@ -224,6 +224,18 @@ def test_a_models_softcap_and_its_own_sinks_count_in_the_vote(spec):
     assert changed  # else they would not have been needed
 
 
+@pytest.mark.parametrize("tier", [" @ host", " @ host(attend=True)"])
+@pytest.mark.parametrize("scope", ["kv_head", "layer"])
+def test_a_tier_changes_nothing_of_what_is_read(tier, scope):
+    q, k = cloud(3, 1, 4, 110, 8), cloud(4, 1, 2, 110, 8)
+    here, there = (Reader(f"quest(budget=40, page=8, scope={scope}){where}", 2) for where in ("", tier))
+    for reader in (here, there):
+        reader.feed(q[:, :, :70], k[:, :, :70])
+    one, other = here.steps(q, k, 70), there.steps(q, k, 70)
+    assert torch.equal(one > 0, other > 0)
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
 def test_pages_of_one_token_are_an_exact_choice():
     q, k = cloud(0, 1, 1, 130, 8), cloud(1, 1, 1, 130, 8)
     reader = Reader("quest(budget=24, page=1) + sink=0 + recent=1")
