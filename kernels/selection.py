@@ -12,13 +12,17 @@ from torch import Tensor
 
 
 def top(score: Tensor, k: int) -> Tensor:
-    """Indices [..., k] of the k largest of score [..., U] fp32, best first; ties go to the lower index, NaN comes last.
+    """Indices [..., k] of the k largest of score [..., U] fp32, best first; ties go to the lower index, NaN counts as -inf.
 
     A float's bits order like an integer's once the negative ones are flipped; the index below them makes every key unique,
     so that any top-k routine on any device gives the same answer.
     """
     units = score.shape[-1]
-    bits = torch.nan_to_num(score.float(), nan=float("-inf"), posinf=None, neginf=float("-inf")).add(0.0).view(torch.int32)
+    bits = (
+        torch.nan_to_num(score.float(), nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        .add(0.0)
+        .view(torch.int32)
+    )
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     place = torch.arange(units - 1, -1, -1, device=score.device)
     return units - 1 - (((ordered.long() << 32) | place).topk(k, dim=-1).values & 0xFFFFFFFF)
