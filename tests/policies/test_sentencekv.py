@@ -437,11 +437,30 @@ def test_a_row_that_takes_a_break_goes_on_as_if_there_had_been_none(r):
     lone.feed(q[1:, :, :100], k[1:, :, :100])
     both.feed(q[:, :, :100], k[:, :, :100])
     for i in range(100, 130):
-        if i % 3 == 0:  # a column that is padding in row 1
-            both.feed(10 * torch.randn(2, HEADS * GROUP, 1, D), torch.randn(2, HEADS, 1, D), [1, 0])
+        if i % 3 == 0:  # columns that are padding in row 1: another's step, or its next turn
+            n = 4 if i % 2 else 1
+            both.feed(10 * torch.randn(2, HEADS * GROUP, n, D), torch.randn(2, HEADS, n, D), [n, 0])
         one, two = (reader.feed(q[-n:, :, i : i + 1], k[-n:, :, i : i + 1]) for n, reader in ((1, lone), (2, both)))
         assert torch.equal(two[1:] > 0, one > 0)
         assert torch.allclose(two[1:], one, atol=1e-6)
+
+
+def test_padding_before_a_rows_drafts_is_none_of_them():
+    ids = torch.stack([text(row, MOST) for row in (3, 4)])
+    q, k = tensors(0, 2, 130)
+    lone, both = reader_of("sentencekv(budget=24)", ids[1:]), reader_of("sentencekv(budget=24)", ids, 2)
+    for n, reader in ((1, lone), (2, both)):
+        reader.feed(q[-n:, :, :100], k[-n:, :, :100])
+        reader.group.finish_prefill()
+    for i in range(100, 130, 2):
+        one = lone.feed(q[1:, :, i : i + 2], k[1:, :, i : i + 2], recording=True)
+        first = 10 * torch.randn(2, HEADS * GROUP, 1, D), torch.randn(2, HEADS, 1, D)
+        chunk = [torch.cat([x, y[:, :, i : i + 2]], 2) for x, y in zip(first, (q, k), strict=True)]
+        two = both.feed(*chunk, [3, 2], recording=True)[1:, :, 1:]
+        for reader in (lone, both):
+            reader.group.crop(0)
+        assert torch.equal(two > 0, one > 0)
+        assert torch.allclose(two, one, atol=1e-6)
 
 
 def test_rows_change_places_with_their_open_sentences():

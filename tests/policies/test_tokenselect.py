@@ -60,6 +60,19 @@ def test_raw_votes_leave_out_the_scale():
     assert known(SCALED, 2) == known(CARD, 2, ", raw=True")
 
 
+def test_a_head_that_looks_at_what_is_read_anyway_has_little_to_say_but_in_raw_votes():
+    """As far as the first head is concerned, everything is in the newest token."""
+    reads = {}
+    for raw in (False, True):
+        reader = Reader(f"tokenselect(budget=10, raw={raw}) + sink=0 + recent=7 + block=1", scale=0.125)
+        k, q = torch.eye(64)[:12].expand(1, 1, -1, -1), torch.zeros(1, 2, 1, 64)
+        q[0, :, 0, :4] = torch.tensor(CARD if raw else SCALED)
+        q[0, 0, 0, 11] = 200
+        reader.feed(torch.zeros(1, 2, 11, 64), k[:, :, :-1])
+        reads[raw] = positions(reader.feed(q, k[:, :, -1:])[0, 1, 0, :4])
+    assert reads == {False: [1, 2], True: [0, 2]}
+
+
 def test_raw_votes_do_not_depend_on_a_models_scale():
     assert known(CARD, 2, ", raw=True", scale=0.02) == [[0, 2], [0, 2]]
 
@@ -315,8 +328,9 @@ def test_a_row_that_takes_a_break_goes_on_as_if_there_had_been_none():
     lone = fed("tokenselect(budget=24, theta=0.8)", q[1:], k[1:], 100)
     both = fed("tokenselect(budget=24, theta=0.8)", q, k, 100, rows=2)
     for i in range(100, 130):
-        if i % 3 == 0:  # a column that is padding in row 1
-            both.feed(10 * torch.randn(2, HEADS * GROUP, 1, D), torch.randn(2, HEADS, 1, D), [1, 0])
+        if i % 3 == 0:  # columns that are padding in row 1: another's step, or its next turn
+            n = 4 if i % 2 else 1
+            both.feed(10 * torch.randn(2, HEADS * GROUP, n, D), torch.randn(2, HEADS, n, D), [n, 0])
         one, two = (reader.feed(q[-n:, :, i : i + 1], k[-n:, :, i : i + 1]) for n, reader in ((1, lone), (2, both)))
         assert torch.equal(two[1:] > 0, one > 0)
 
