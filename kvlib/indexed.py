@@ -133,10 +133,11 @@ class Indexed:
         whole = room >= self.counts
         if whole.all() and self.selector.scope != "query_head":
             return [self.attend(query.q, query.spec)], past.expired(whole)
-        estimated = self.selector.estimation(self._index())
+        index = self._index()
+        estimated = self.selector.estimation(index)
         if most == 0 and estimated is None:
             return [], past
-        kept, past = past, self._choose(query, max(most, 1), tokens, past).expired(whole)
+        kept, past = past, self._choose(query, index, max(most, 1), tokens, past).expired(whole)
         assert past.order is not None
         same = bool((room == room[0]).all())
         space: Tensor | int = int(room[0]) if same else torch.from_numpy(room).to(self.device).view(-1, 1, 1)
@@ -153,13 +154,13 @@ class Indexed:
             parts.append(self._estimate(query, *estimated, past.order, space))
         return parts, past if self.selector.remembers else kept
 
-    def _choose(self, query: Query, most: int, tokens: np.ndarray, past: Past) -> Past:
+    def _choose(self, query: Query, index: Index, most: int, tokens: np.ndarray, past: Past) -> Past:
         """The order of units, fresh where the last one does not serve."""
         k = self._first(most)
         valid = past.order is not None and len(past.sealed) == len(tokens)
         kept = self.selector.reuse(query.scored, past, tokens) if valid else None
         if kept is None:
-            return Past(self._order(query, k), tokens, self.counts, query.scored, past.own)
+            return Past(self._order(query, index, k), tokens, self.counts, query.scored, past.own)
         unchanged = past.sealed == self.counts
         if isinstance(kept, np.ndarray):
             host = kept & unchanged
@@ -170,7 +171,7 @@ class Indexed:
         if host.all():
             return past
         assert past.order is not None and past.query is not None
-        order = self._order(query, k)
+        order = self._order(query, index, k)
         if host.any():
             last = torch.nn.functional.pad(past.order[..., :k], (0, max(0, k - past.order.shape[-1])))
             order = torch.where(keep.view(-1, 1, 1), last, order)
@@ -190,9 +191,9 @@ class Indexed:
         keys = self.tokens.live("k") if self.selector.reads_keys else None
         return Index(summary, size, self.fixed, keys)
 
-    def _order(self, query: Query, k: int) -> Tensor:
+    def _order(self, query: Query, index: Index, k: int) -> Tensor:
         """The k best units, [B, H', k]; H' is 1, the KV heads or the query heads, by the selector's scope."""
-        index, spec = self._index(), query.spec
+        spec = query.spec
         s = self.selector.logits(query.scored, index)
         s = self._scaled(s, spec) if self.selector.scaled else s
         s = self._hide_absent(s, index)
@@ -200,8 +201,7 @@ class Indexed:
             return top(s, k)
         heads = 1 if self.selector.scope == "layer" else self.heads
         rest = query.rest[:, :, 0] if query.rest is not None and self.selector.scaled else None
-        score = vote(s, heads, rest)
-        return top(self._hide_absent(score, index), k)
+        return top(vote(s, heads, rest), k)  # an absent unit has no votes, and one without votes reads nothing
 
     def _scaled(self, s: Tensor, spec: Spec) -> Tensor:
         """Scores as the model's attention has them."""
@@ -268,7 +268,7 @@ class Indexed:
     def chosen(self, query: Query, room: int, past: Past) -> Tensor:
         """Slots [B, H', room] that a query reads of a body with at least `room` tokens in every row; for those who ask what
         was chosen, not needed to attend it."""
-        past = self._choose(query, room, self.counts, past)
+        past = self._choose(query, self._index(), room, self.counts, past)
         assert past.order is not None
         return self._in_body(query, self._list(past.order, room, room), room, room)
 

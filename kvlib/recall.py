@@ -56,11 +56,10 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse:
 
 def room(group: HeadGroup) -> np.ndarray:
     """How many tokens of the body the newest query of each row reads, [B]: what sinks and tail leave of the budget."""
-    assert group.tail is not None and group.selector is not None
+    assert group.tail is not None and group.selector is not None and group.split is not None
     if not group.selector.selects():
         return np.full_like(group.tokens, np.iinfo(np.int64).max // 2)
-    budget = group.selector.tokens(group.tokens) if group.split is None else group.split.total
-    left: np.ndarray = budget - group.tail.lengths - (0 if group.sink is None else group.sink.counts[:, 0])
+    left: np.ndarray = group.split.total - group.tail.lengths - (0 if group.sink is None else group.sink.counts[:, 0])
     return left
 
 

@@ -75,7 +75,7 @@ class SentenceKV(Selector):
     def evictor(self) -> Evictor | None:
         """SnapKV with r times the budget; None where that is everything."""
         kept = float(self.r) * self.budget
-        if math.isinf(kept) or (isinstance(self.budget, float) and kept >= 1):
+        if kept >= 2**31 or (isinstance(self.budget, float) and kept >= 1):
             return None
         return SnapKV(budget=kept if isinstance(self.budget, float) else int(kept))
 

@@ -335,6 +335,10 @@ def test_a_step_reads_the_best_of_what_an_evictor_has_left():
     assert gaps > 20
 
 
+def test_more_than_any_prompt_is_everything():
+    assert Recipe.parse("sentencekv(budget=24, r=1e30)").evictor is None
+
+
 def test_no_tokenizer_is_a_clear_error():
     with pytest.raises(RecipeError, match=r"sentencekv: it reads text: give kvlib.Cache\(model, recipe, tokenizer=...\)"):
         kvlib.Cache(tiny_model(), "sentencekv(budget=64)")
