@@ -22,7 +22,7 @@ import torch
 from planted import GROUP, KV_HEADS, D, Planted, Tokenizer
 
 import kvlib
-from kvlib import indexed
+from kvlib import indexed, store
 from kvlib.group import HeadGroup
 from kvlib.recipe import Recipe
 from kvlib.segment import Spec
@@ -139,7 +139,7 @@ def decode(data: Planted, budget: int, steps: int, dtype: torch.dtype) -> list[d
 def shares(group: HeadGroup, data: Planted, dtype: torch.dtype) -> dict[str, float]:
     """Median milliseconds of scanning (scores, votes, the best units), of gathering keys and values, and of the rest."""
     spent = {"scan": 0.0, "gather": 0.0}
-    plain = {"scan": indexed.Indexed._choose, "gather": indexed._take}
+    plain = {"scan": indexed.Indexed._choose, "gather": store.take}
 
     def timed(name):
         def run(*args, **kwargs):
@@ -150,7 +150,7 @@ def shares(group: HeadGroup, data: Planted, dtype: torch.dtype) -> dict[str, flo
 
         return run
 
-    indexed.Indexed._choose, indexed._take = timed("scan"), timed("gather")
+    indexed.Indexed._choose, store.take = timed("scan"), timed("gather")
     found: dict[str, list[float]] = {"scan": [], "gather": [], "all": []}
     for i in range(12):
         spent.update(scan=0.0, gather=0.0)
@@ -159,7 +159,7 @@ def shares(group: HeadGroup, data: Planted, dtype: torch.dtype) -> dict[str, flo
         found["all"].append(time.perf_counter() - began)
         for name in spent:
             found[name].append(spent[name])
-    indexed.Indexed._choose, indexed._take = plain["scan"], plain["gather"]
+    indexed.Indexed._choose, store.take = plain["scan"], plain["gather"]
     ms = {name: 1000 * statistics.median(x[2:]) for name, x in found.items()}
     return {"scan_ms": ms["scan"], "gather_ms": ms["gather"], "attend_ms": ms["all"] - ms["scan"] - ms["gather"]}
 

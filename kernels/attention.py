@@ -93,6 +93,20 @@ def attention(
     return Partial(out, total, p.view(batch, q_heads, -1) if probabilities else None)
 
 
+def attend_scores(s: Tensor, visible: Visible, softcap: float | None, heads: int) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, Hq, n, T] and log-sum-exp [B, Hq, n] of scaled logits s [B, Hq, n, T] fp32 over `heads` KV heads;
+    s is overwritten."""
+    batch, q_heads, n, keys = s.shape
+    if softcap is not None:
+        s = s.div_(softcap).tanh_().mul_(softcap)
+    if visible is not EVERYTHING:
+        _hide(s.view(batch, heads, q_heads // heads, n, keys), visible, keys - n, 0, (0, n, keys))
+    p = s.softmax(-1)
+    if visible.may_hide_all:
+        p.nan_to_num_(0.0)
+    return p, _lse(s, p, visible.may_hide_all)
+
+
 def _lse(s: Tensor, p: Tensor, may_hide_all: bool) -> Tensor:
     """Log-sum-exp of logits s from their softmax p: the largest probability is 1 / sum(exp(s - max))."""
     lse = s.amax(-1) - p.amax(-1).log_()

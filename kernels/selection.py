@@ -28,8 +28,9 @@ def top(score: Tensor, k: int) -> Tensor:
     return units - 1 - (((ordered.long() << 32) | place).topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
-def vote(logits: Tensor, heads: int, rest: Tensor | None = None) -> Tensor:
-    """Sum over the query heads of each of `heads` groups of their softmax over the units, [B, heads, U].
+def vote(logits: Tensor, heads: int, rest: Tensor | None = None, loudest: bool = False) -> Tensor:
+    """Sum, or with `loudest` maximum, over the query heads of each of `heads` groups of their softmax over the units,
+    [B, heads, U].
 
     logits [B, Hq, U], scaled; -inf where a unit is absent.  rest [B, Hq] is the log-sum-exp of what is read in any case: it
     takes its share of a head's softmax, so that a head which looks elsewhere has little to say.
@@ -39,7 +40,8 @@ def vote(logits: Tensor, heads: int, rest: Tensor | None = None) -> Tensor:
         lse = torch.logaddexp(lse, rest.unsqueeze(-1))
     lse = lse.masked_fill_(lse == float("-inf"), 0.0)
     p = (logits - lse).exp_()
-    return p.view(len(p), heads, -1, p.shape[-1]).sum(2)
+    grouped = p.view(len(p), heads, -1, p.shape[-1])
+    return grouped.amax(2) if loudest else grouped.sum(2)
 
 
 class Listing(NamedTuple):

@@ -13,10 +13,21 @@ from kvlib.recipe import Recipe, methods
 
 if TYPE_CHECKING:
     from kvlib.eval import evaluate
-    from kvlib.hf import Cache, detach, patch
+    from kvlib.hf import Cache, detach, generate_speculative, patch
 
 
-__all__ = ["Cache", "Recipe", "RecipeError", "__version__", "detach", "evaluate", "methods", "patch", "register"]
+__all__ = [
+    "Cache",
+    "Recipe",
+    "RecipeError",
+    "__version__",
+    "detach",
+    "evaluate",
+    "generate_speculative",
+    "methods",
+    "patch",
+    "register",
+]
 
 OLDEST_TRANSFORMERS = (5, 17)
 
@@ -33,7 +44,7 @@ def _transformers_problem() -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Cache", "detach", "patch", "evaluate"):
+    if name in ("Cache", "detach", "evaluate", "generate_speculative", "patch"):
         problem = _transformers_problem()
         if problem:
             raise ImportError(f"kvlib.{name}: {problem}")

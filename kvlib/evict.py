@@ -74,13 +74,17 @@ def _compress(group: HeadGroup, oldest: np.ndarray, split: Split) -> None:
         group.tokenizer,
     )
     keep = group.evictor.keep(view, rankable, torch.from_numpy(split.body).to(device)) & rankable
+    first_ones = is_sink[:, None].expand_as(slot)
+    if group.grain > 1:  # what does not fill a group of the codec stays dense, beside the sinks
+        spare = keep & (keep.cumsum(-1) <= keep.sum(-1, keepdim=True) % group.grain)
+        keep, first_ones = keep & ~spare, first_ones | spare[..., candidates.from_body :]
     body = candidates.gather(keep)
     if body is not None and group.home is not None:
         body = group.home.settle(body)
-    if is_sink.any():
+    if first_ones.any():
         first = Candidates(group.sink, group.tail, slot, position[:, None].expand_as(slot))
         chosen = first.valid.clone()
-        chosen[..., first.from_body :] &= is_sink[:, None]
+        chosen[..., first.from_body :] &= first_ones
         group.sink = first.gather(chosen, fields=False)
     group.body = body
     group.tail.drop(oldest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,23 +18,27 @@ from kvlib.indexed import Indexed
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
 from kvlib.policies.base import Evictor, Needs, Sizes, Split
+from kvlib.policies.encoding import Codec
 from kvlib.policies.select.channels import channel_weight
 from kvlib.policies.selection import Everything, Past, Selector
 from kvlib.policies.tier.host import Host
 from kvlib.segment import Spec, Tail, Tiles, close_gaps
+
+if TYPE_CHECKING:
+    from kvlib.kernels.rotary import Rotary
 
 _Masses = tuple[Tensor, Tensor | None]  # attention got by the tail's live slots and by the body's
 TokenIds = Callable[[Tensor], Tensor]  # positions [B, H, M] -> ids [B, H, M]
 
 
 class HeadGroup:
-    """Keys and values of some KV heads of a layer, under one evictor, one selector and one tier.
+    """Keys and values of some KV heads of a layer, under one evictor, one selector, one codec and one tier.
 
     heads [H]: the KV heads' places in the model, layer * kv_heads + head, for methods that tell heads apart.
 
     New tokens enter the tail, are attended, and leave it for the sink and the body (or for good) when the split of the
-    budget says so.  The body is `Tiles` under an evictor, of which all is read, and `Indexed` under a selector, or where
-    everything is kept outside the device.  Everything is counted per batch row from the row's first real token.
+    budget says so.  The body is `Tiles` under an evictor, of which all is read, and `Indexed` under a selector or a codec,
+    or where everything is kept outside the device.  Everything is counted per batch row from the row's first real token.
     """
 
     def __init__(
@@ -46,18 +50,22 @@ class HeadGroup:
         selector: Selector | None = None,
         heads: np.ndarray | None = None,
         tier: Host | None = None,
+        codec: Codec | None = None,
+        rotary: Rotary | None = None,
     ):
         self.evictor = evictor if evictor is not None and evictor.evicts() else None
         self.selector = selector if selector is not None and selector.selects() else None
-        if self.selector is None and self.evictor is None and tier is not None:
-            self.selector = Everything()
-        self.heads, self.tier = heads, tier
+        if self.selector is None and (codec is not None or (self.evictor is None and tier is not None)):
+            self.selector = Everything() if codec is None else Everything(recent=codec.recent)
+        self.heads, self.tier, self.codec, self.rotary = heads, tier, codec, rotary
+        self.grain = 1 if codec is None else codec.grain
+        self.whole, self.cheap = False, False  # whether queries read all whatever is selected, and from fewer bytes
         self.online = self.evictor is not None and self.evictor.when == "online"
         self.plain = self.evictor is None and self.selector is None  # whether all is kept in the tail and read
         self.seals = self.online or self.selector is not None  # whether tokens leave the tail after the prompt
         self.needs = Needs() if self.evictor is None else self.evictor.requirements()
         self.needs |= Needs() if self.selector is None else self.selector.requirements()
-        self.sizes, self.token_ids, self.tokenizer = sizes, token_ids, tokenizer
+        self.sizes, self.token_ids, self.tokenizer = replace(sizes, grain=self.grain), token_ids, tokenizer
         self.clear()
 
     def clear(self) -> None:
@@ -308,7 +316,7 @@ class HeadGroup:
             return
         held = 0 if self.tail is None else int(self._retractable().min())
         if n > held:
-            name = next((method.name for method in (self.evictor, self.selector) if method is not None), "full")
+            name = next((method.name for method in (self.evictor, self.codec, self.selector) if method is not None), "full")
             raise ValueError(
                 f"cannot take back {n} tokens from a {name} cache: only the newest {held} have left no mark; call "
                 "cache.activate_past_recording() before the tokens arrive"
@@ -359,7 +367,7 @@ class HeadGroup:
     def copy(self, token_ids: TokenIds | None) -> HeadGroup:
         """An independent group in the same state; what is provisional becomes final in both."""
         self.settle()
-        twin = HeadGroup(self.evictor, self.sizes, token_ids, self.tokenizer, self.selector, self.heads, self.tier)
+        twin = object.__new__(HeadGroup)
         twin.__dict__.update({**self.__dict__, "token_ids": token_ids})
         twin.tail = None if self.tail is None else self.tail.copy()
         twin.home = None if self.home is None else copy(self.home)

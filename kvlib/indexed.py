@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +16,19 @@ from kvlib.kernels.merge import merge
 from kvlib.kernels.selection import Listing, list_runs, list_units, taken, top, vote
 from kvlib.offload.resident import Resident, Traffic
 from kvlib.offload.transfer import stream
+from kvlib.policies.encoding import DENSE, Form, Stored, attend
 from kvlib.policies.selection import Index, Past, Selector, Units, products
 from kvlib.policies.tier.host import Host
 from kvlib.rows import Rows
 from kvlib.segment import Spec
+from kvlib.store import Store, take
 
-_KeysAt = Callable[[Tensor], Tensor]  # places [B, H', m] -> keys [B, H, m, d]
+if TYPE_CHECKING:
+    from kvlib.kernels.rotary import Rotary
+
+_KeysAt = Callable[[Tensor], Stored]  # columns [B, H', m] of a listing -> the keys there
 PIECE = 4096  # tokens of a body in host memory that are on the device at once when all of it is read
+DECODED = 1024  # tokens that are decoded at once, few enough to stay in a core's cache
 
 
 @dataclass
@@ -59,10 +66,13 @@ class Indexed:
         base: np.ndarray,
         implicit: bool,
         fixed: dict[str, Tensor],
+        forms: tuple[Form, Form] = (DENSE, DENSE),
+        rotary: Rotary | None = None,
     ):
         self.selector, self.tier, self.device, self.heads = selector, tier, device, heads
-        host = () if tier is None else ("v",) if selector.reads_keys else ("k", "v")
-        self.tokens = Rows(batch, device, host, selector.run or 1)
+        sides = "" if tier is None else "v" if selector.reads_keys else "kv"
+        self.store = Store(forms, batch, heads, device, sides, self.away, selector.run or 1, rotary)
+        self.places = Rows(batch, self.store.device)  # positions, where they do not follow the slots
         self.units = Rows(batch, device)
         self.base, self.implicit, self.fixed = base, implicit, fixed
         self.longest = selector.run  # size of the largest unit
@@ -74,20 +84,18 @@ class Indexed:
     @property
     def counts(self) -> np.ndarray:
         """Tokens of each row, per head."""
-        return self.tokens.counts
+        return self.store.counts
 
     # --------------------------------------------------------------------------------------------------- taking in
-    def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor | None, units: Units) -> None:
-        """Add a block [R, H, m, d] to the rows given [R]; position [R, H, m] where it does not follow the slots."""
+    def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor, units: Units) -> None:
+        """Add a block [R, H, m, d] at positions [R, H, m] to the rows given [R]."""
         first = self.counts[rows]
         m = k.shape[2]
-        parts = {"k": k, "v": v}
-        if not self.implicit:
-            assert position is not None
-            parts["position"] = position.int()
         if units.order is not None:
-            parts = {name: _ordered(x, units.order) for name, x in parts.items()}
-        self.tokens.append(rows, parts)
+            k, v, position = (_ordered(x, units.order) for x in (k, v, position))
+        self.store.append(rows, k, v, position)
+        if not self.implicit:
+            self.places.append(rows, {"position": position.int()})
         index = dict(units.summary)
         if units.size is not None:
             start = torch.from_numpy(first).to(k.device).view(-1, 1, 1) + units.size.cumsum(-1) - units.size
@@ -101,23 +109,48 @@ class Indexed:
                 self.resident.forget(row, begin // run, -(-(begin + m) // run))
 
     # ---------------------------------------------------------------------------------------------------- attending
-    def attend(self, q: Tensor, spec: Spec) -> Partial:
-        """Attention of q [B, Hq, n, d] over everything; every query row sees all of it."""
-        if self.tier is None:
-            k, v = self.tokens.live("k"), self.tokens.live("v")
-            return attention(q, k, v, spec.scale, self._all(0, k.shape[2], q.device), spec.softcap)
-        if self.tier.attend and q.shape[2] <= FEW:
-            k, v = self.tokens.live("k"), self.tokens.live("v")
-            here = attention(q.cpu(), k, v, spec.scale, self._all(0, k.shape[2], v.device), spec.softcap)
-            return _moved(here, q.device)
-        parts, stop = [], int(self.counts.max())
-        names = ["v"] if "k" not in self.tokens.host else ["k", "v"]
-        host = {name: self.tokens.parts[name] for name in names}
-        for lo, hi, piece in stream(host, stop, PIECE, self.device):
-            k = piece["k"] if "k" in piece else self.tokens.parts["k"][:, :, lo:hi]
-            self.streamed.moved += sum(x.nbytes for x in piece.values())
-            parts.append(attention(q, k, piece["v"], spec.scale, self._all(lo, hi, q.device), spec.softcap))
-        return merge(parts)
+    def attend(self, q: Tensor, spec: Spec, store: Store | None = None) -> Partial:
+        """Attention of q [B, Hq, n, d] over everything; every query row sees all of it.  `store`: another view of it."""
+        store = store or self.store
+        there = self.away and q.shape[2] <= FEW
+        device = store.device if there else q.device
+        parts, there_q = [], q.to(device)
+        for lo, hi, brought in self._pieces(store, device, moving=not there):
+            k, v = (store.piece(side, lo, hi, self._position, brought).to(device) for side in "kv")
+            visible = self._all(lo, hi, device)
+            parts.append(attend(store.forms, there_q, (k, v), spec.scale, visible, spec.softcap))
+        return _moved(merge(parts), q.device)
+
+    @property
+    def away(self) -> bool:
+        """Whether the CPU attends the body, where it lives."""
+        return self.tier is not None and self.tier.attend
+
+    def _pieces(self, store: Store, device: torch.device, moving: bool) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Walk all slots: from, to, and copies on `device` of what lives in host memory, if it is `moving`.  At once where
+        nothing is to be moved or decoded."""
+        if not (moving and store.host) and not store.pages:
+            most = int(self.counts.max()) if all(form.exact for form in store.forms) else DECODED
+            yield from ((lo, hi, {}) for lo, hi in self._ranges(most))
+            return
+        stop, step = int(self.counts.max()), max(1, PIECE // store.grain) * store.grain
+        host = {name: store.own[name] for name in sorted(store.host) if name in store.own and moving}
+        for lo, hi, brought in stream(host, stop, step, device):
+            self.streamed.moved += sum(x.nbytes for x in brought.values())
+            yield lo, hi, brought
+
+    def _ranges(self, most: int) -> Iterator[tuple[int, int]]:
+        """All slots in ranges of at most `most`, or a grain, whole grains each."""
+        grain, stop = self.store.grain, int(self.counts.max())
+        step = max(1, most // grain) * grain
+        yield from ((lo, min(stop, lo + step)) for lo in range(0, stop, step))
+
+    def _position(self, slots: Tensor) -> Tensor:
+        """Positions of the tokens in slots [1 or B, 1 or H, m], broadcastable to [B, H, m]."""
+        if self.implicit:
+            return slots + torch.from_numpy(self.base).to(slots.device).view(-1, 1, 1)
+        batch = len(self.counts)
+        return take(self.places.parts["position"], slots.expand(batch, -1, -1), self.heads)
 
     def _all(self, lo: int, hi: int, device: torch.device) -> Visible:
         """Every token of slots lo..hi that a row has."""
@@ -125,14 +158,17 @@ class Indexed:
             return EVERYTHING
         return Visible(length=torch.from_numpy(self.counts - lo).to(device))
 
-    def read(self, query: Query, room: np.ndarray, tokens: np.ndarray, past: Past) -> tuple[list[Partial], Past]:
+    def read(
+        self, query: Query, room: np.ndarray, tokens: np.ndarray, past: Past, store: Store | None = None
+    ) -> tuple[list[Partial], Past]:
         """Attention of one query row over the `room` [B] best tokens of each head of rows that have seen `tokens` [B], in
-        parts to be merged, and what to remember."""
+        parts to be merged, and what to remember.  `store`: another view of the tokens."""
+        store = store or self.store
         room = np.minimum(np.maximum(room, 0), self.counts)
         most = int(room.max(initial=0))
         whole = room >= self.counts
         if whole.all() and self.selector.scope != "query_head":
-            return [self.attend(query.q, query.spec)], past.expired(whole)
+            return [self.attend(query.q, query.spec, store)], past.expired(whole)
         index = self._index()
         estimated = self.selector.estimation(index)
         if most == 0 and estimated is None:
@@ -144,12 +180,12 @@ class Indexed:
         parts = []
         if most:
             listing = self._list(past.order, space, most)
-            if self.resident is not None:
-                parts = self._through_slots(query, listing, space, most)
-            elif self.tier is not None and self.tier.attend:
-                parts = [self._on_host(query, listing, space, most)]
+            if self.resident is not None and store.host:
+                parts = self._through_slots(store, query, listing, space, most)
+            elif self.away:
+                parts = [self._on_host(store, query, listing, space, most)]
             else:
-                parts = [self._on_device(query, listing, space, most)]
+                parts = [self._on_device(store, query, listing, space, most)]
         if estimated is not None:
             parts.append(self._estimate(query, *estimated, past.order, space))
         return parts, past if self.selector.remembers else kept
@@ -188,8 +224,21 @@ class Indexed:
     def _index(self) -> Index:
         summary = {name: self.units.live(name) for name in self.units.parts if name not in ("size", "start")}
         size = self.units.live("size") if "size" in self.units.parts else None
-        keys = self.tokens.live("k") if self.selector.reads_keys else None
-        return Index(summary, size, self.fixed, keys)
+        return Index(summary, size, self.fixed, self._products if self.selector.reads_keys else None)
+
+    def _products(self, q: Tensor) -> Tensor:
+        """Products [B, Hq, T] fp32 of a query [B, Hq, d] with all keys."""
+        stop = int(self.counts.max())
+        pieces = self._ranges(stop if self.store.forms[0].exact else DECODED)
+        found = [self._product(self.store, q, self.store.piece("k", lo, hi, self._position)) for lo, hi in pieces]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def _product(self, store: Store, q: Tensor, k: Stored) -> Tensor:
+        """Products [B, Hq, m] fp32 of a query [B, Hq, d] with stored keys."""
+        form = store.forms[0]
+        if form.exact:
+            return products(q, form.decode(k))
+        return form.scores(form.prologue(q.float().unsqueeze(2), k), k)[:, :, 0]
 
     def _order(self, query: Query, index: Index, k: int) -> Tensor:
         """The k best units, [B, H', k]; H' is 1, the KV heads or the query heads, by the selector's scope."""
@@ -201,7 +250,9 @@ class Indexed:
             return top(s, k)
         heads = 1 if self.selector.scope == "layer" else self.heads
         rest = query.rest[:, :, 0] if query.rest is not None and self.selector.scaled else None
-        return top(vote(s, heads, rest), k)  # an absent unit has no votes, and one without votes reads nothing
+        votes = vote(s, heads, rest, self.selector.loudest)  # an absent unit has none, and one without reads nothing
+        first = self.selector.always(index)
+        return top(votes if first is None else votes.masked_fill(first, float("inf")), k)
 
     def _scaled(self, s: Tensor, spec: Spec) -> Tensor:
         """Scores as the model's attention has them."""
@@ -242,65 +293,65 @@ class Indexed:
         """Whether a unit may have to be cut to fill the room; single tokens never are."""
         return self.selector.run != 1 and not (isinstance(listing.length, int) and listing.length == room)
 
-    def _cut(
-        self, query: Query, listing: Listing, where: Tensor, keys_at: _KeysAt, room: Tensor | int, most: int
-    ) -> Tensor:
-        """Where the chosen tokens stand, [B, H', most]: units that fit, then the best of the unit that is cut, by their
-        true scores.  where [B, H', W] are the places of the tokens listed."""
-        if not self._cuts(listing, room):
-            return where[..., :most]
-        before = listing.before
-        place = torch.arange(self.longest, device=where.device) + before
-        place = place.expand(*where.shape[:2], -1)
+    def _cut(self, store: Store, query: Query, listing: Listing, keys_at: _KeysAt, room: Tensor | int, most: int) -> Tensor:
+        """Columns [B, H', most] of the listing that are read: units that fit, then the best of the unit that is cut, by
+        their true scores.  H' are the lists, or the heads where a shared list is written out for each."""
+        before, width = listing.before, listing.ids.shape[-1]
+        place = torch.arange(self.longest, device=listing.ids.device) + before
+        place = place.expand(*listing.ids.shape[:2], -1)
         inside = place < listing.length
-        cut = where.gather(-1, place.clamp(max=where.shape[-1] - 1))
-        s = self._scaled(products(query.q[:, :, 0], keys_at(cut)), query.spec)
-        heads = where.shape[1]
-        lists = 1 if self.selector.scope == "layer" else heads  # places may be written out for each head of a shared list
+        cut = place.clamp(max=width - 1)
+        s = self._scaled(self._product(store, query.q[:, :, 0], keys_at(cut)), query.spec)
+        heads = cut.shape[1]
+        lists = 1 if self.selector.scope == "layer" else heads
         s = s.masked_fill(~inside.repeat_interleave(s.shape[1] // heads, 1), float("-inf"))
         score = s if lists == s.shape[1] else vote(s, lists)
         ranked = top(score.masked_fill(~inside[:, :lists], float("-inf")), self.longest)
         best = cut.gather(-1, ranked.expand(-1, heads, -1))
-        j = torch.arange(most, device=where.device).expand(*where.shape[:2], -1)
+        j = torch.arange(most, device=cut.device).expand(*cut.shape[:2], -1)
         chosen = best.gather(-1, (j - before).clamp(0, self.longest - 1))
-        return torch.where(j < before, where[..., :most], chosen)
+        return torch.where(j < before, j, chosen)
 
     def chosen(self, query: Query, room: int, past: Past) -> Tensor:
         """Slots [B, H', room] that a query reads of a body with at least `room` tokens in every row; for those who ask what
         was chosen, not needed to attend it."""
         past = self._choose(query, self._index(), room, self.counts, past)
         assert past.order is not None
-        return self._in_body(query, self._list(past.order, room, room), room, room)
+        return self._in_body(self.store, query, self._list(past.order, room, room), room, room)
 
-    def _in_body(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> Tensor:
+    def _in_body(self, store: Store, query: Query, listing: Listing, room: Tensor | int, most: int) -> Tensor:
         """Slots of the chosen tokens, [B, H', most]."""
-        k = self.tokens.parts["k"]
-        return self._cut(query, listing, listing.ids, lambda ids: _take(k, ids, self.heads), room, most)
+        ids = listing.ids
+        if not self._cuts(listing, room):
+            return ids[..., :most]
 
-    def _on_device(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> Partial:
+        def keys_at(columns: Tensor) -> Stored:
+            return store.take("k", ids.gather(-1, columns), self._position)
+
+        return ids.gather(-1, self._cut(store, query, listing, keys_at, room, most))
+
+    def _on_device(self, store: Store, query: Query, listing: Listing, room: Tensor | int, most: int) -> Partial:
         """Attention over the chosen tokens where all tokens are."""
-        k, v = self.tokens.parts["k"], self.tokens.parts["v"]
-        chosen = self._in_body(query, listing, room, most)
+        chosen = self._in_body(store, query, listing, room, most)
         visible = EVERYTHING if isinstance(room, int) else Visible(length=room.flatten())
-        q, spec = query.q, query.spec
-        return attention(q, _take(k, chosen, self.heads), _take(v, chosen, self.heads), spec.scale, visible, spec.softcap)
+        return self._over(store, query, chosen, visible)
 
-    def _on_host(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> Partial:
+    def _on_host(self, store: Store, query: Query, listing: Listing, room: Tensor | int, most: int) -> Partial:
         """The same in host memory: the query goes there, the result comes back."""
         there = Query(query.q.cpu(), query.scored, None, query.spec)
         ids, before, length = (x.cpu() if isinstance(x, Tensor) else x for x in listing)
         assert isinstance(ids, Tensor)
         space = room.cpu() if isinstance(room, Tensor) else room
-        return _moved(self._on_device(there, Listing(ids, before, length), space, most), self.device)
+        return _moved(self._on_device(store, there, Listing(ids, before, length), space, most), self.device)
 
-    def _through_slots(self, query: Query, listing: Listing, room: Tensor | int, most: int) -> list[Partial]:
+    def _through_slots(self, store: Store, query: Query, listing: Listing, room: Tensor | int, most: int) -> list[Partial]:
         """Attention over the chosen tokens by way of the device's slots: over those that are resident while the others are
         copied, then over the others."""
         assert self.resident is not None and self.tier is not None
         resident, run = self.resident, self.resident.run
         ids = listing.ids.expand(-1, self.heads, -1)
         valid = listing.valid()
-        host = {name: self.tokens.parts[name] for name in sorted(self.tokens.host)}
+        host = {name: store.own[name] for name in sorted(store.host)}
         runs = (ids[..., ::run] // run).contiguous()
         body = -(-int(self.counts.max()) // run)
         resident.reserve(max(runs.shape[-1], min(body, int(self.tier.slots * most) // run)), host)
@@ -310,7 +361,7 @@ class Indexed:
         where = fetch.slots.repeat_interleave(run, -1) * run + offset
         early = fetch.hit.repeat_interleave(run, -1) & (place < listing.before)
         early, listing = early[..., :most], Listing(ids, listing.before, listing.length)
-        parts = [self._over(query, ids[..., :most], where[..., :most], early)]
+        parts = [self._over(store, query, ids[..., :most], Visible(mask=early.unsqueeze(2)), where[..., :most])]
         fetch.wait()
         resident.settle()
         where = fetch.slots.repeat_interleave(run, -1) * run + offset
@@ -319,19 +370,30 @@ class Indexed:
             return parts
         late = ~early & (place[:most] < room)
         if not uncut:
-            where = self._cut(query, listing, where, lambda places: resident.take("k", places), room, most)
+
+            def keys_at(columns: Tensor) -> Stored:
+                return store.take(
+                    "k", ids.gather(-1, columns), self._position, self._brought(where.gather(-1, columns), "k")
+                )
+
+            columns = self._cut(store, query, listing, keys_at, room, most)
+            ids, where = ids.gather(-1, columns), where.gather(-1, columns)
         width = min(most, fetch.most_missing * run + (0 if uncut else self.longest))
         first = late.int().argsort(dim=-1, descending=True, stable=True)[..., :width]
         where, ids = where[..., :most].gather(-1, first), ids[..., :most].gather(-1, first)
-        parts.append(self._over(query, ids, where, late.gather(-1, first)))
+        parts.append(self._over(store, query, ids, Visible(mask=late.gather(-1, first).unsqueeze(2)), where))
         return parts
 
-    def _over(self, query: Query, ids: Tensor, where: Tensor, mask: Tensor) -> Partial:
-        """Attention over the tokens `ids` of the body, of which those the host keeps stand at `where` in the slots."""
+    def _brought(self, where: Tensor, sides: str) -> dict[str, Tensor]:
+        """What the host keeps of some sides, from the places `where` in the slots."""
         assert self.resident is not None
-        k = self.resident.take("k", where) if "k" in self.tokens.host else _take(self.tokens.parts["k"], ids, self.heads)
-        v = self.resident.take("v", where)
-        return attention(query.q, k, v, query.spec.scale, Visible(mask=mask.unsqueeze(2)), query.spec.softcap)
+        return {name: self.resident.take(name, where) for name in sorted(self.store.host) if name[0] in sides}
+
+    def _over(self, store: Store, query: Query, ids: Tensor, visible: Visible, where: Tensor | None = None) -> Partial:
+        """Attention over the tokens `ids` of the body, of which those the host keeps stand at `where` in the slots."""
+        brought = None if where is None else self._brought(where, "kv")
+        k, v = (store.take(side, ids, self._position, brought) for side in "kv")
+        return attend(store.forms, query.q, (k, v), query.spec.scale, visible, query.spec.softcap)
 
     def _estimate(self, query: Query, keys: Tensor, values: Tensor, order: Tensor, room: Tensor | int) -> Partial:
         """Attention over the units' means, each for as many tokens as are not read of it."""
@@ -350,7 +412,7 @@ class Indexed:
         if self.implicit:
             first = int(self.base[row])
             return torch.arange(first, first + count, dtype=torch.int32)
-        return self.tokens.parts["position"][row, head, :count]
+        return self.places.parts["position"][row, head, :count]
 
     def traffic(self) -> Traffic:
         """What reading cost between host and device so far."""
@@ -359,8 +421,8 @@ class Indexed:
 
     def reorder(self, rows: Tensor) -> None:
         """Select batch rows [B']."""
-        self.tokens.reorder(rows)
-        self.units.reorder(rows)
+        for held in (self.store, self.places, self.units):
+            held.reorder(rows)
         self.base = self.base[rows.cpu().numpy()]
         self.fixed = {name: x.index_select(0, rows) for name, x in self.fixed.items()}
         if self.resident is not None:
@@ -369,13 +431,14 @@ class Indexed:
     def snapshot(self) -> Indexed:
         """The present state, which later appends do not disturb; residency and the count of bytes are shared."""
         twin = object.__new__(Indexed)
-        twin.__dict__.update(self.__dict__, tokens=self.tokens.snapshot(), units=self.units.snapshot())
+        held = {name: getattr(self, name).snapshot() for name in ("store", "places", "units")}
+        twin.__dict__.update(self.__dict__, **held)
         return twin
 
     def copy(self) -> Indexed:
         """An independent body with the same tokens."""
         twin = self.snapshot()
-        twin.tokens, twin.units = self.tokens.copy(), self.units.copy()
+        twin.store, twin.places, twin.units = self.store.copy(), self.places.copy(), self.units.copy()
         twin.fixed = {name: x.clone() for name, x in self.fixed.items()}
         twin.resident = None if self.resident is None else self.resident.copy()
         twin.streamed = replace(self.streamed)
@@ -383,9 +446,10 @@ class Indexed:
 
     def storages(self) -> Iterator[tuple[str, str, Tensor]]:
         """Every storage: (tier, part, tensor)."""
-        for name, x in self.tokens.parts.items():
-            tier = "host" if name in self.tokens.host else "device"
-            yield tier, "index" if name == "position" else "body", x
+        for tier, x in self.store.storages():
+            yield tier, "body", x
+        for x in (*self.places.tensors(), *self.store.shared()):
+            yield "host" if self.away else "device", "index", x
         for x in (*self.units.tensors(), *self.fixed.values()):
             yield "device", "index", x
         for x in [] if self.resident is None else self.resident.tensors():
@@ -393,28 +457,17 @@ class Indexed:
 
     def used(self) -> dict[tuple[str, str], int]:
         """Bytes by (tier, part) of the tokens held and of their index, slack left out."""
-        sizes: dict[tuple[str, str], int] = {}
-        for name in ("k", "v"):
-            place = ("host" if name in self.tokens.host else "device", "body")
-            sizes[place] = sizes.get(place, 0) + self.tokens.used(name)
-        index = sum(self.units.used(name) for name in self.units.parts) + sum(x.nbytes for x in self.fixed.values())
-        sizes["device", "index"] = index + self.tokens.used("position")
+        sizes = {(tier, "body"): size for tier, size in self.store.used().items()}
+        places = ("host" if self.away else "device", "index")
+        sizes["device", "index"] = sum(self.units.used(name) for name in self.units.parts)
+        sizes["device", "index"] += sum(x.nbytes for x in self.fixed.values())
+        sizes[places] = sizes.get(places, 0) + self.places.used("position") + sum(x.nbytes for x in self.store.shared())
         return sizes
 
 
 def _ordered(x: Tensor, order: Tensor) -> Tensor:
     """x [R, H, m, ...] in the order [R, H, m]."""
     return x.gather(2, order if x.dim() == 3 else order.unsqueeze(-1).expand_as(x))
-
-
-def _take(x: Tensor, ids: Tensor, heads: int) -> Tensor:
-    """Tokens ids [B, H', m] of x [B, heads, T, d]: [B, max(heads, H'), m, d].  One list may serve all heads (H' = 1), and
-    the query heads of a KV head may have lists of their own."""
-    batch, lists, m = ids.shape
-    wide = max(lists, heads)
-    head = torch.arange(batch * wide, device=ids.device).view(batch, wide, 1) // (wide // heads)
-    flat = (head * x.shape[2] + ids).flatten()
-    return x.flatten(0, 2).index_select(0, flat).view(batch, wide, m, x.shape[-1])
 
 
 def _moved(part: Partial, device: torch.device) -> Partial:

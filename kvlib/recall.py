@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial, reduce
+from math import lcm
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvlib.indexed import Indexed, Query
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
 from kvlib.policies.base import Split
+from kvlib.policies.encoding import DENSE
 from kvlib.policies.selection import SEGMENT, Block
 from kvlib.segment import Spec, Tiles
 
@@ -31,7 +33,8 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse:
     kept = group.sink is not None or body is not None
     tail = group.tail.attend(q, spec, lse=lse or kept or spec.sinks is not None)
     parts = [tail] if group.sink is None else [group.sink.attend(q, spec), tail]
-    rest = None if body is None or not group.selector.selects() else _lse_of(parts, spec)
+    rest = None if body is None or group.whole or not group.selector.selects() else _lse_of(parts, spec)
+    store = body.store.drafting() if group.cheap and isinstance(body, Indexed) else None
     rows, n = [], q.shape[2]
     for j in range(n):  # more than one row only while drafts are verified: each selects as if it came alone
         later = n - 1 - j
@@ -41,7 +44,7 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse:
         if isinstance(body, Indexed):
             row_rest = None if rest is None else rest[:, :, j : j + 1]
             query = Query(q[:, :, j : j + 1], scored, row_rest, spec)
-            found, group.past = body.read(query, room(group) + later, group.tokens - later, group.past)
+            found, group.past = body.read(query, room(group) + later, group.tokens - later, group.past, store)
             here = [*here, *found]
         if new is not None:
             group.past = group.past.where(new > later, before)
@@ -57,7 +60,7 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse:
 def room(group: HeadGroup) -> np.ndarray:
     """How many tokens of the body the newest query of each row reads, [B]: what sinks and tail leave of the budget."""
     assert group.tail is not None and group.selector is not None and group.split is not None
-    if not group.selector.selects():
+    if group.whole or not group.selector.selects():
         return np.full_like(group.tokens, np.iinfo(np.int64).max // 2)
     left: np.ndarray = group.split.total - group.tail.lengths - (0 if group.sink is None else group.sink.counts[:, 0])
     return left
@@ -114,10 +117,12 @@ def _due(group: HeadGroup, split: Split, closing: bool) -> tuple[np.ndarray, np.
     free = np.maximum(held - split.recent - sinks, 0)
     if group.open:  # a prompt in the roomy tier leaves the device as it comes; elsewhere all of it is dense until it ends
         early = group.tier is not None and group.evictor is None and not group.needs.products
-        body = free // SEGMENT * SEGMENT if early else none
+        early = early and not (group.codec is not None and any(form.one_fit for form in group.codec.forms()))
+        piece = _segment(group)
+        body = free // piece * piece if early else none
     else:
         later = started & group.selector.fitted & (not closing)
-        step = np.where(later, split.block, max(group.selector.run, 1))
+        step = np.where(later, split.block, lcm(max(group.selector.run, 1), group.grain))
         ready = (free >= split.block) | closing
         if group.tier is None:
             ready &= started | (group.tokens >= split.total)
@@ -150,19 +155,28 @@ def _take_body(group: HeadGroup, sinks: np.ndarray, due: np.ndarray, split: Spli
         first = tail.starts[rows] + sinks[rows]
         limit = int(split.block[rows[0]])
         block = _block(group, body, rows, first, int(due[rows[0]]), limit)
-        whole = group.selector.whole(block)
+        whole = group.selector.whole(block) // group.grain * group.grain
         if not whole:
             continue
-        piece = SEGMENT if prompt or fresh[rows[0]] else limit
-        for start in range(0, whole, piece if group.selector.fitted else whole):
-            stop = min(whole, start + piece) if group.selector.fitted else whole
+        pieces = whole
+        if group.selector.fitted or group.codec is not None:
+            pieces = _segment(group) if prompt or fresh[rows[0]] or not group.selector.fitted else limit
+        if group.codec is not None and any(form.one_fit for form in group.codec.forms()) and not group.selector.fitted:
+            pieces = whole
+        body.store.fit(rows, block.keys, block.values, block.positions)
+        for start in range(0, whole, pieces):
+            stop = min(whole, start + pieces)
             part = _block(group, body, rows, first + start, stop - start, limit)
-            position = None if body.implicit else part.positions
-            body.append(rows, part.keys, part.values, position, group.selector.build(part))
+            body.append(rows, part.keys, part.values, part.positions, group.selector.build(part))
         went[rows] = whole
     if not body.counts.any():
         group.body = None
     return went
+
+
+def _segment(group: HeadGroup) -> int:
+    """Most prompt tokens that are taken into the body at once."""
+    return max(1, SEGMENT // group.grain) * group.grain
 
 
 def _alike(kinds: np.ndarray, alone: bool) -> Iterator[np.ndarray]:
@@ -222,7 +236,9 @@ def _body(group: HeadGroup, implicit: bool) -> Indexed:
         places = np.arange(heads) if group.heads is None else group.heads
         fixed = selector.calibrate(group.products, places, tail.k)
         base = np.zeros(batch, dtype=np.int64)
-        group.body = Indexed(selector, group.tier, batch, heads, tail.k.device, base, implicit, fixed)
+        forms = (DENSE, DENSE) if group.codec is None else group.codec.forms()
+        device, rotary = tail.k.device, group.rotary
+        group.body = Indexed(selector, group.tier, batch, heads, device, base, implicit, fixed, forms, rotary)
     return group.body
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, NoReturn
 
 import numpy as np
 
 import kvlib.policies  # noqa: F401  (registers the methods)
-from kvlib.notation import build, nearest, read_call, read_value, split
 from kvlib.policies.base import (
     BudgetedEvictor,
     Composition,
@@ -24,6 +24,8 @@ from kvlib.policies.base import (
     parameters,
     registered,
 )
+from kvlib.policies.encoding import Codec
+from kvlib.policies.notation import build, method_of, nearest, read_call, read_value, split
 from kvlib.policies.selection import Selector
 from kvlib.policies.tier.host import Host
 
@@ -37,7 +39,8 @@ class Recipe:
     """One choice per role: which heads form groups, what is evicted, read, encoded, where it lives, how prompts attend.
 
     heads: a `HeadSplit` or None.  evict: an `Evictor` or None (keep everything).  select: a `Selector` or None (read
-    everything).  codec: None (keep it as it is).  tier: a `Host`, or None: the body stays on the device.  prefill: "dense".
+    everything).  codec: a `Codec` or None (keep it as it is).  tier: a `Host`, or None: the body stays on the device.
+    prefill: "dense".
     sink, recent, block: sizes in tokens that override what the evictor or the selector would choose from its budget.
 
     Raises RecipeError where the combination cannot work.
@@ -46,7 +49,7 @@ class Recipe:
     heads: HeadSplit | None = None
     evict: Evictor | None = None
     select: Selector | None = None
-    codec: None = None
+    codec: Codec | None = None
     tier: Host | None = None
     prefill: str = "dense"
     sink: int | None = None
@@ -54,12 +57,11 @@ class Recipe:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        for role, kind in (("heads", HeadSplit), ("evict", Evictor), ("select", Selector), ("tier", Host)):
+        kinds = {"heads": HeadSplit, "evict": Evictor, "select": Selector, "codec": Codec, "tier": Host}
+        for role, kind in kinds.items():
             value = getattr(self, role)
             if value is not None and not isinstance(value, kind):
                 raise RecipeError("recipe", role, value, f"give a method of the role {role!r} or None")
-        if self.codec is not None:
-            raise RecipeError("recipe", "codec", self.codec, "no method has this role yet: leave it None")
         if self.prefill not in _PREFILLS:
             raise RecipeError("recipe", "prefill", self.prefill, f"give one of {', '.join(_PREFILLS)}")
         for size in _SIZES:
@@ -69,6 +71,8 @@ class Recipe:
             self._check_pair(self.evictor, self.select)
         if self.tier is not None:
             self._check_tier(self.tier)
+        if self.codec is not None:
+            self._check_codec(self.codec)
         self._check_sizes()
 
     def _check_pair(self, evict: Evictor, select: Selector) -> None:
@@ -108,11 +112,49 @@ class Recipe:
             remedy = f"{self.select.name} reads every key at every step, so its keys stay on the device: use '@ host'"
             raise RecipeError("host", "attend", True, remedy)
 
+    def _check_codec(self, codec: Codec) -> None:
+        """A codec goes with what asks for no less than it can give: blocks to evict, tokens to read."""
+        evict, select, grain = self.evictor, self.select, codec.grain
+        if evict is not None and evict.when == "online":
+            why = f"seals {grain} tokens at a time, so" if grain > 1 else "encodes what leaves the tail for good, and"
+            remedy = (
+                f"{codec.name} {why} online {evict.name} cannot evict single tokens from its blocks: use h2o_prefill or "
+                "snapkv, which evict before sealing"
+            )
+            raise RecipeError(codec.name, None, None, remedy)
+        if evict is not None and getattr(evict, "adaptive", False):
+            remedy = f"{evict.name}(adaptive=True) leaves each head another number of tokens to encode: leave it out"
+            raise RecipeError(codec.name, None, None, remedy)
+        unreadable = max(form.read_granularity for form in codec.forms())
+        if select is not None and unreadable > 1:
+            remedy = (
+                f"it is read {unreadable} tokens at a time, and {select.name} picks fewer: use a codec such as kv4 or kivi"
+            )
+            raise RecipeError(codec.name, None, None, remedy)
+        if select is not None and grain > 1 and select.run == 0 and not select.fitted:
+            remedy = (
+                f"{codec.name} encodes {grain} tokens together, and {select.name}'s units end anywhere: use a codec of "
+                "single tokens (kv4, rotated, mustafar)"
+            )
+            raise RecipeError(codec.name, None, None, remedy)
+        if any(form.cold for form in codec.forms()) and self.tier is None:
+            raise RecipeError(codec.name, None, None, "it is for tokens that are rarely read: write '@ host' after it")
+        if self.block is not None and self.block % grain:
+            raise RecipeError(
+                "recipe", "block", self.block, f"{codec.name} encodes {grain} tokens together: a multiple of it"
+            )
+        budget = None if select is None else select.budget
+        if select is not None and grain > 1 and isinstance(budget, int):
+            step = lcm(grain, max(1, select.run))
+            if budget < 2 * step:
+                remedy = f"{codec.name} seals {step} tokens at a time: give budget={2 * step} or more, or smaller groups"
+                raise RecipeError(select.name, "budget", budget, remedy)
+
     def _check_sizes(self) -> None:
         written = [size for size in _SIZES if getattr(self, size) is not None]
         chooser = self.evict if self.select is None else self.select
         if chooser is None:
-            if written and self.tier is None:
+            if written and self.tier is None and self.codec is None:
                 value = getattr(self, written[0])
                 raise RecipeError("recipe", written[0], value, "nothing is evicted or selected: leave it out")
             return
@@ -148,11 +190,11 @@ class Recipe:
     @property
     def sizes(self) -> Sizes:
         """The sizes this recipe prescribes."""
-        return Sizes(self.sink, self.recent, self.block)
+        return Sizes(self.sink, self.recent, self.block, 1 if self.codec is None else self.codec.grain)
 
     @property
     def lossy(self) -> bool:
-        """Whether a token can be given up for good."""
+        """Whether a token can be given up for good; codecs keep every token, if not to the bit."""
         streams = self.heads is not None and self.heads != self.heads.unlimited()
         return streams or (self.evictor is not None and self.evictor.evicts())
 
@@ -173,10 +215,14 @@ class Recipe:
         heads = None if self.heads is None else self.heads.unlimited()
         evict = None if self.evict is None else self.evict.unlimited()
         select = None if self.select is None else self.select.unlimited()
-        return dataclasses.replace(self, heads=heads, evict=evict, select=select)
+        plain = dataclasses.replace(
+            self, heads=heads, evict=evict, select=select, codec=None, sink=None, recent=None, block=None
+        )
+        sizes = {} if (evict or select or self.tier) is None else {size: getattr(self, size) for size in _SIZES}
+        return dataclasses.replace(plain, **sizes)
 
     def __str__(self) -> str:
-        terms = [str(method) for method in (self.heads, self.evict, self.select) if method is not None]
+        terms = [str(method) for method in (self.heads, self.evict, self.select, self.codec) if method is not None]
         terms += [f"{size}={getattr(self, size)}" for size in _SIZES if getattr(self, size) is not None]
         where = "" if self.tier is None else f" @ {self.tier}"
         return (" + ".join(terms) or "full") + where
@@ -198,7 +244,9 @@ class Recipe:
                 if role in roles:
                     _refuse_second(role, roles[role], value)
                 roles[role] = value
-        if tier is not None and tier != "device":
+        if tier == "device":
+            roles.pop("tier", None)
+        elif tier is not None:
             roles["tier"] = _tier(tier, text)
         return cls(**roles)
 
@@ -241,14 +289,9 @@ def _term(term: str, text: str) -> list[tuple[str, Any]]:
         if arguments.strip():
             raise RecipeError("full", None, arguments, f"takes no arguments, not {arguments!r}: write full")
         return []
-    known = {key: method for key, method in registered().items() if method.role != "tier"}
-    if name not in known:
-        tiers = [key for key, method in registered().items() if method.role == "tier"]
-        remedy = (
-            f"it is a tier: write it last, as '@ {name}'" if name in tiers else nearest(name, [*known, "full"], "method")
-        )
-        raise RecipeError(name, None, name, remedy)
-    method: Method = build(known[name], arguments)
+    if name in _tiers():
+        raise RecipeError(name, None, name, f"it is a tier: write it last, as '@ {name}'")
+    method = method_of(term)
     parts = method.parts() if isinstance(method, Composition) else (method,)
     return [(part.role, part) for part in parts]
 
@@ -256,10 +299,14 @@ def _term(term: str, text: str) -> list[tuple[str, Any]]:
 def _tier(term: str, text: str) -> Any:
     """The tier written after `@`."""
     name, arguments = read_call(term, text)
-    known = {key: method for key, method in registered().items() if method.role == "tier"}
+    known = _tiers()
     if name not in known:
         raise RecipeError("recipe", "tier", term, nearest(name, [*known, "device"], "tier"))
     return build(known[name], arguments)
+
+
+def _tiers() -> dict[str, type[Method]]:
+    return {key: method for key, method in registered().items() if method.role == "tier"}
 
 
 def _split_tier(text: str) -> tuple[str, str | None]:
@@ -276,6 +323,7 @@ def _refuse_second(role: str, first: Any, second: Any) -> NoReturn:
         "evict": "evictors: what one drops the other cannot rank",
         "heads": "head splits: a head has one group",
         "select": "selectors: a query reads one choice",
+        "codec": 'codecs: kv(k="...", v="...") takes one for keys and one for values',
     }
     names = f"{first.name} and {second.name}"
     raise RecipeError(names, None, names, f"both are {what[role]}; a recipe takes one")

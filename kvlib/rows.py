@@ -65,6 +65,20 @@ class Rows:
         self.parts = {**self.parts, name: fresh}
         return fresh
 
+    def rewrite(self, row: int, first: int, name: str, x: Tensor) -> None:
+        """Replace a row's entries from `first` on by x [H, m, ...], in a buffer of its own: a snapshot may read the old."""
+        with torch.inference_mode(False):
+            old = self.parts[name]
+            fresh = host_empty(tuple(old.shape), old.dtype, self._device) if name in self.host else torch.empty_like(old)
+            fresh.copy_(old)
+            fresh[row, :, first : first + x.shape[1]] = x
+        self.parts = {**self.parts, name: fresh}
+
+    def shorten(self, row: int, n: int) -> None:
+        """Forget a row's newest n entries."""
+        self.counts = self.counts.copy()
+        self.counts[row] -= n
+
     def live(self, name: str) -> Tensor:
         """A part [B, H, most entries of any row, ...]; what lies past a row's count means nothing."""
         return self.parts[name][:, :, : int(self.counts.max(initial=0))]

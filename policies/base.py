@@ -117,11 +117,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A recipe's own `sink`, `recent` and `block`, None where the method decides."""
+    """A recipe's own `sink`, `recent` and `block`, None where the method decides; blocks are whole multiples of `grain`,
+    the tokens that its codec encodes together."""
 
     sink: int | None = None
     recent: int | None = None
     block: int | None = None
+    grain: int = 1
 
 
 class View:

@@ -6,6 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -68,12 +69,12 @@ class Units:
 @dataclass(frozen=True)
 class Index:
     """What a selector finds units by: summary parts [B, H, U, ...], the sizes [B, H, U] where they differ, what was
-    calibrated per row, and the keys [B, H, T, d] for methods that read them."""
+    calibrated per row, and for methods that read every key their products with a query [B, Hq, d], [B, Hq, T] fp32."""
 
     summary: dict[str, Tensor]
     size: Tensor | None
     fixed: dict[str, Tensor]
-    keys: Tensor | None
+    products: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Selector(Method):
     fitted: ClassVar[bool] = (
         False  # whether units are fitted to a block as a whole, and may put its tokens in another order
     )
+    loudest: ClassVar[bool] = False  # whether a unit counts as much as to the one query head that wants it most
     reads_keys: ClassVar[bool] = False  # whether the keys themselves are the index, and stay on the device on any tier
 
     budget: Budget = 0.25
@@ -191,6 +193,10 @@ class Selector(Method):
     @abstractmethod
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """What a unit promises each query head q [B, Hq, d], [B, Hq, U] fp32, on the scale of q.k."""
+
+    def always(self, index: Index) -> Tensor | None:
+        """Mask [B, H, U] of units that are read whatever the query; None: none."""
+        return None
 
     def estimation(self, index: Index) -> tuple[Tensor, Tensor] | None:
         """Mean keys and mean values [B, H, U, d] that stand for units nobody reads; None: they are left out."""
@@ -240,7 +246,11 @@ class Selector(Method):
     def split(self, seen: np.ndarray, sizes: Sizes) -> Split:
         """The house rule: sinks, recent tokens and an open block within the budget, the rest of it chosen from the body."""
         sink, recent, block = self.portions
-        return shares(self.tokens(seen), sizes, block, recent, sink, step=max(self.run, 1))
+        step = lcm(max(self.run, 1), sizes.grain)
+        budget = self.tokens(seen)
+        if sizes.grain > 1 and not isinstance(self.budget, int):
+            budget = np.maximum(budget, 2 * step)
+        return shares(budget, sizes, max(block, step), recent, sink, step)
 
     def unlimited(self) -> Self:
         """The same method at `budget=1.0`."""
@@ -249,16 +259,20 @@ class Selector(Method):
 
 @dataclass(frozen=True)
 class Everything(Selector):
-    """Read the whole body: what a recipe without a selector does where its body lives outside the device."""
+    """Read the whole body: what a recipe without a selector does where its body is encoded or lives outside the device.
+
+    recent: newest tokens that stay in the tail.
+    """
 
     name: ClassVar[str] = "everything"
 
     budget: Budget = 1.0
+    recent: int = 64
 
     @property
     def portions(self) -> tuple[int, int, int]:
-        """Few on the device, the rest in the body."""
-        return 4, 64, 64
+        """Few in the tail, the rest in the body."""
+        return 4, self.recent, 64
 
     def build(self, block: Block) -> Units:
         """No units."""
@@ -270,8 +284,9 @@ class Everything(Selector):
             default if size is None else size
             for size, default in zip((sizes.sink, sizes.recent, sizes.block), self.portions, strict=True)
         )
+        block = -(-block // sizes.grain) * sizes.grain
         none = np.zeros_like(seen)
-        return Split(none + sink, none + recent, none + block, seen)
+        return Split(none + sink, none + recent, none + block, none)
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """Nothing is ever ranked."""

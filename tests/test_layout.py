@@ -79,7 +79,7 @@ def test_imports_run_downward_only():
                     module = words[1]
                     assert not module.startswith("transformers"), path
                     assert not module.startswith("kvlib") or module.startswith(allowed), (path, module)
-    core = "segment candidates drafts group census layer recipe notation token_ids model report"
+    core = "segment candidates drafts group census layer recipe store token_ids model report"
     for name in core.split():
         for line in (ROOT / "kvlib" / f"{name}.py").read_text().splitlines():
             if line.startswith(("from ", "import ")):

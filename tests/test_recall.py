@@ -99,7 +99,7 @@ def test_the_same_tokens_are_read_through_slots_and_on_the_host(recipe):
         assert all(torch.equal(a, b) for a, b in zip(group.past.tensors(), device.past.tensors(), strict=True))
     hits, misses, moved = census.traffic(slots)
     run = slots.selector.run or 1
-    per_token = 4 * D * len(slots.body.tokens.host)
+    per_token = 4 * D * len(slots.body.store.host)
     assert hits > 0
     assert misses > 0
     assert moved == misses * run * per_token
@@ -143,7 +143,7 @@ def test_a_prompt_on_its_way_to_the_host_leaves_the_device_as_it_comes(recipe):
     assert chunked.body.counts[0] == 2 * SEGMENT
     chunked.finish_prefill()
     assert whole.body.counts[0] == chunked.body.counts[0]
-    assert torch.equal(whole.body.tokens.live("k"), chunked.body.tokens.live("k"))
+    assert torch.equal(whole.body.store.rows[1].live("k.x"), chunked.body.store.rows[1].live("k.x"))
     for name in whole.body.units.parts:
         assert torch.equal(whole.body.units.live(name), chunked.body.units.live(name))
     assert torch.allclose(steps(whole, 3), steps(chunked, 3), atol=1e-6)

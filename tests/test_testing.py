@@ -72,6 +72,41 @@ RECIPES += [
     "full + sink=2 + recent=9 + block=5 @ host",
 ]
 
+RECIPES += [  # codecs, under every kind of selector and evictor, on every tier
+    "kv4(recent=8) + block=8",
+    "kv4(recent=8, smooth=0.5) + block=8",
+    "kivi(bits=2, group=8, recent=16) + block=8",
+    "kivi(k_bits=2, v_bits=4, group=8, recent=16) + block=8 @ host",
+    "gear(bits=2, group=8, recent=16, s=0.2) + block=8",
+    "gear(bits=4, recent=16, s=0.1) + block=32 @ host",
+    "gear_l(bits=2, group=8, recent=8) + block=8 @ host(attend=True)",
+    "rotated(bits=3, recent=8) + block=8",
+    "rotated(bits=2, levels=lloyd_max, recent=8) + block=8",
+    "mustafar(recent=8) + block=8",
+    "hierarchical(group=8, recent=8) + block=8 @ host",
+    "clusterkv(budget=24, cluster=6) + kv4 @ host",
+    "clusterkv(budget=24, cluster=6) + kivi(group=4)",
+    "duo_attention(sparsity=0.5, sink=4, recent=16) + clusterkv(budget=48, cluster=6) + gear(bits=4, group=4, s=0.1) @ host",
+    "quest(budget=24, page=4) + rotated(bits=3) @ host(attend=True)",
+    "snapkv(budget=40, window=8) + kivi(group=8)",
+    "h2o_prefill(budget=40) + gear(bits=2, group=8, s=0.2) @ host",
+    "oracle(budget=24) + kivi(group=4)",
+    "tokenselect(budget=24) + mustafar @ host",
+    "sentencekv(budget=24, r=inf) + kv8",
+    "quest(budget=24, page=8, logical=2, scope=query_head) + gear(bits=2, group=8, s=0.2)",
+    "quest(budget=24, page=4, scope=layer) + kivi(group=8)",
+    'kv(k="kivi(bits=2, group=8)", v="kv4", where="0: full; 1.1: kv8", recent=8) + block=8',
+    "lossless(page=8, recent=8) + block=8 @ host",
+    'kv(k="lossless(page=8)", v="kivi(bits=4)", recent=8) + block=8 @ host',
+    "low_rank(rank=12, chunk=4, recent=8) + block=8",
+    "shadowkv(budget=32, rank=16, chunk=4, outliers=2)",
+    "duo_attention(sparsity=0.5, sink=4, recent=16) + shadowkv(budget=32, rank=12, chunk=4, outliers=2)",
+    "landmarks(budget=24, chunk=4, outliers=1) + kv4 @ host(attend=True)",
+    'kv(k="low_rank(rank=12, chunk=4)", v="gear(bits=4, s=0.2)", recent=8) + block=24 @ host(attend=True)',
+    "quest(budget=24, page=4) + low_rank(rank=16, chunk=4)",
+    "clusterkv(budget=24, cluster=6) + low_rank(rank=16, chunk=4)",
+]
+
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_method_passes(recipe):

@@ -12,9 +12,9 @@ import numpy as np
 
 from kvlib.eval.results import Cell, Results
 from kvlib.eval.tables import ASKED
-from kvlib.notation import read_call, split
 from kvlib.policies import StreamingLLM
 from kvlib.policies.base import registered
+from kvlib.policies.notation import read_call, split
 from kvlib.recipe import Recipe
 
 DEPTHS = 5  # bands of a heat map

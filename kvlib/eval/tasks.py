@@ -21,8 +21,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from kvlib.eval.language import Language, Question
-from kvlib.notation import build, nearest, read_call, split
 from kvlib.policies.base import RecipeError, check_whole, written
+from kvlib.policies.notation import build, nearest, read_call, split
 
 _GOLDEN = 0.6180339887498949
 FAR = 64  # tokens a statement may stand off its place to stand between sentences

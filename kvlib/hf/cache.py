@@ -17,11 +17,13 @@ from transformers.cache_utils import DynamicLayer
 from kvlib.group import HeadGroup
 from kvlib.hf.attach import attach, attached, text_config
 from kvlib.hf.layer import CacheLayer
+from kvlib.hf.rope import rotary_of
 from kvlib.layer import Layer, NewTokens
 from kvlib.model import ModelSpec
 from kvlib.offload.account import PARTS, TIERS, allocated
 from kvlib.offload.resident import Traffic
 from kvlib.policies.base import RecipeError, Sizes
+from kvlib.policies.encoding import Codec
 from kvlib.policies.heads.table import HeadTable
 from kvlib.recipe import Recipe
 from kvlib.report import report
@@ -60,6 +62,11 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             )
         if self.recipe.select is not None:
             self.recipe.select.fit((self.spec.layers, self.spec.kv_heads, self.spec.head_dim), tokenizer)
+        self._rotary = None
+        if self.recipe.codec is not None:
+            self.recipe.codec.fit(self.spec.layers, self.spec.kv_heads, self.spec.head_dim)
+            if any(form.needs_rotary for form in self.recipe.codec.forms()):
+                self._rotary = rotary_of(model)
         self.table = self._head_table(model)
         attach(model, None if self.token_ids is None else _take_ids)
         self.managed_layers = np.array(managed)
@@ -88,15 +95,26 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             select, evict = None, recipe.evict
         ids = None if self.token_ids is None else self.token_ids.at
         first = index * self.spec.kv_heads
-        if not streaming.all():
-            heads.append(np.flatnonzero(~streaming))
-            places = first + heads[-1]
-            groups.append(HeadGroup(evict, recipe.sizes, ids, self.tokenizer, select, places, recipe.tier))
+        for codec, own in self._codecs(index, np.flatnonzero(~streaming)):
+            heads.append(own)
+            group = HeadGroup(
+                evict, recipe.sizes, ids, self.tokenizer, select, first + own, recipe.tier, codec, self._rotary
+            )
+            groups.append(group)
         if streaming.any():
             assert recipe.heads is not None
             heads.append(np.flatnonzero(streaming))
             groups.append(HeadGroup(recipe.heads.streaming(), Sizes(), heads=first + heads[-1]))
         return Layer(groups, heads if len(groups) > 1 else [None])
+
+    def _codecs(self, index: int, heads: np.ndarray) -> list[tuple[Codec | None, np.ndarray]]:
+        """The KV heads of a layer by the codec that keeps them."""
+        codec = self.recipe.codec
+        found: dict[Codec | None, list[int]] = {}
+        for head in heads.tolist():
+            own = None if codec is None else codec.at(index, head, self.spec.layers)
+            found.setdefault(own, []).append(head)
+        return [(own, np.array(places)) for own, places in found.items()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         """An independent copy on the same model, for prompts that several requests share."""
@@ -128,6 +146,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """Declare the prompt complete: one-shot methods evict now instead of at the first one-token query."""
         for layer in self.managed:
             layer.store.finish_prefill()
+
+    def read_as_draft(self, draft: bool, cheap: bool) -> None:
+        """From now on read as drafts are made: what the selector chooses, and with `cheap` the codec's fewer bytes; or, not
+        `draft`, everything.  Used by `generate_speculative`."""
+        for layer in self.managed:
+            for group in layer.store.groups:
+                group.whole, group.cheap = not draft, draft and cheap
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

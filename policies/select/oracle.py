@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvlib.policies.base import register
-from kvlib.policies.selection import Block, Index, Selector, Units, products
+from kvlib.policies.selection import Block, Index, Selector, Units
 
 
 @register
@@ -46,5 +46,5 @@ class Oracle(Selector):
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """The true scores."""
-        assert index.keys is not None
-        return products(q, index.keys)
+        assert index.products is not None
+        return index.products(q)

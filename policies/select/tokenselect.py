@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from kvlib.policies.base import Budget, RecipeError, check_flag, register
-from kvlib.policies.selection import Block, Index, Past, Selector, Units, cosine, products
+from kvlib.policies.selection import Block, Index, Past, Selector, Units, cosine
 
 
 @register
@@ -68,8 +68,8 @@ class TokenSelect(Selector):
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """The true scores."""
-        assert index.keys is not None
-        return products(q, index.keys)
+        assert index.products is not None
+        return index.products(q)
 
     def reuse(self, q: Tensor, past: Past, tokens: np.ndarray) -> Tensor | None:
         """The last choice, while all heads' queries together stay close to those it was made for."""

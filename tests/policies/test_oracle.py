@@ -6,7 +6,7 @@ import torch
 import kvlib
 from kvlib.kernels.selection import top, vote
 from kvlib.policies import Oracle, RecipeError
-from kvlib.policies.selection import Index
+from kvlib.policies.selection import Index, products
 from kvlib.segment import Spec
 from kvlib.testing import prompts, tiny_model
 from tests.driver import keys
@@ -16,7 +16,7 @@ def select(logits, budget, rest=None):
     """Which keys are read: logits [Hq, T] for one KV head and all keys."""
     logits = torch.tensor(logits)
     q, k = torch.nn.functional.pad(logits, (0, 64 - logits.shape[-1]))[None], keys(0, logits.shape[-1])[0]
-    found = Oracle(budget).logits(q, Index({}, None, {}, k))
+    found = Oracle(budget).logits(q, Index({}, None, {}, lambda q: products(q, k)))
     assert torch.equal(found[0], logits)
     return sorted(top(vote(found, 1, rest), budget)[0, 0].tolist())
 

@@ -25,7 +25,7 @@ def index_of(quest, k):
     first, heads = np.zeros(len(k), dtype=np.int64), np.arange(k.shape[1])
     block = Block(k, k, positions, first, heads, limit=quest.page, fixed={}, ids=lambda *_: k)
     units = quest.build(block)
-    return Index(summary=units.summary, size=units.size, fixed={}, keys=None)
+    return Index(summary=units.summary, size=units.size, fixed={}, products=None)
 
 
 def promised(quest, q, k):
@@ -353,7 +353,7 @@ def test_an_index_that_grew_is_the_one_made_at_once(bounds, recipe):
         torch.testing.assert_close(grown.feed(q[:, :, 150:], k[:, :, 150:]), last, atol=1e-6, rtol=1e-5)
         for one, other in (
             (grown.group.body.units, whole.group.body.units),
-            (grown.group.body.tokens, whole.group.body.tokens),
+            (grown.group.body.store.rows[1], whole.group.body.store.rows[1]),
         ):
             assert one.counts.tolist() == other.counts.tolist()
             assert one.parts.keys() == other.parts.keys()

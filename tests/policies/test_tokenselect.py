@@ -348,7 +348,7 @@ def test_on_the_host_values_move_and_keys_stay():
     body = 0
     for layer in host.managed:
         (group,) = layer.store.groups
-        assert group.body.tokens.host == {"v"}
+        assert group.body.store.host == {"v.x"}
         body += int(group.body.counts.sum())
     one = body * 2 * 16 * 4
     used = host.nbytes(used=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from kvlib.policies.base import RecipeError, parameters
+from kvlib.policies.base import Method, RecipeError, parameters, registered
 
 Named = TypeVar("Named")
 
@@ -45,6 +45,15 @@ def read_call(term: str, whole: str) -> tuple[str, str]:
     if not call:
         raise RecipeError(repr(whole), None, term, f'cannot read {term!r}: write "name(argument=value)"')
     return call[1], call[2] or ""
+
+
+def method_of(term: str) -> Method:
+    """The method written as `name(argument=value)`, of any role but a tier's.  Raises RecipeError."""
+    name, arguments = read_call(term, term)
+    known = {key: method for key, method in registered().items() if method.role != "tier"}
+    if name not in known:
+        raise RecipeError(name, None, name, nearest(name, [*known, "full"], "method"))
+    return build(known[name], arguments)
 
 
 def build(cls: type[Named], arguments: str) -> Named:

@@ -1,0 +1,1 @@
+"""The forms keys and values are kept in, a method per file."""

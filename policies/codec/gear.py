@@ -1,0 +1,209 @@
+"""GEAR: a few bits for the bulk, a low-rank term for errors that tokens share, exact values for what stands out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvlib.kernels.low_rank import low_rank
+from kvlib.kernels.quantise import folded
+from kvlib.policies.base import RecipeError, check_whole, register
+from kvlib.policies.codec.kivi import check_bits
+from kvlib.policies.codec.uniform import Uniform
+from kvlib.policies.encoding import MERGED, Codec, Form, Stored, Tokens, grouped
+
+
+@dataclass(frozen=True)
+class Corrected(Form):
+    """D + L + S: the codes of `base`, rank-`rank` factors of what they miss, and the share `s` of entries that stand out.
+
+    A vector is a channel over `page` tokens, or without pages a token; its largest and smallest entries are set to its mean
+    before it is coded, and are corrected to an ulp of fp16 afterwards.
+    """
+
+    base: Uniform
+    rank: int
+    s: float
+    page: int = 0
+
+    @property
+    def spans(self) -> Mapping[str, int]:
+        """The base's, the factors a per token and b per segment, outliers per page or token."""
+        outliers = {"error": self.page or 1, "place": self.page or 1} if self.s else {}
+        return {**self.base.spans, "a": 1, "b": MERGED, **outliers}
+
+    def check(self, name: str, d: int) -> None:
+        """As the base; places fit a byte."""
+        self.base.check(name, d)
+        if d > 256 and self.s:
+            raise RecipeError(name, "s", self.s, f"places of outliers are bytes, too few for head size {d}: use gear_l")
+        if self.rank > d:
+            raise RecipeError(name, "rank", self.rank, f"give a rank up to the head size {d}")
+
+    def ends(self, d: int) -> int:
+        """Largest entries of a vector that are exact, and as many smallest."""
+        return max(1, round(self.s * (self.page or d) / 2)) if self.s else 0
+
+    def encode(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Codes and ranges, a [R, H, m, r], b [R, H, 1, d, r], the outliers' errors fp16 and places uint8."""
+        x = tokens.x.float()
+        if not self.s:
+            parts = self.base.quantise(x)
+            return parts | self._factors(x - self.base.decode(_as_stored(parts, x)))
+        vectors, ends = self._vectors(x), self.ends(x.shape[3])
+        order = vectors.argsort(3)
+        place = torch.cat([order[..., :ends, :], order[..., -ends:, :]], 3)
+        mean = vectors.mean(3, keepdim=True)
+        parts = self.base.quantise(self._tokens(vectors.scatter(3, place, mean.expand(place.shape))))
+        coded = self.base.decode(_as_stored(parts, x))
+        residual = self._vectors(x - coded).scatter(3, place, 0.0)
+        parts |= self._factors(self._tokens(residual))
+        near = coded + parts["a"].float() @ parts["b"].squeeze(2).float().mT
+        error = (vectors - self._vectors(near)).gather(3, place)
+        return parts | {name: part.squeeze(4) for name, part in (("error", error.half()), ("place", place.to(torch.uint8)))}
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        """x [R, H, m, d] with its vectors along axis 3: [R, H, m / page, page, d], or [R, H, m, d, 1]."""
+        return folded(x, 2, self.page) if self.page else x.unsqueeze(4)
+
+    def _tokens(self, vectors: Tensor) -> Tensor:
+        """Back to [R, H, m, d]."""
+        return vectors.flatten(2, 3) if self.page else vectors.squeeze(4)
+
+    def _factors(self, residual: Tensor) -> dict[str, Tensor]:
+        """The low-rank term of a segment's residual [R, H, m, d]."""
+        a, b = low_rank(residual, self.rank)
+        return {"a": a.half(), "b": b.half().unsqueeze(2)}
+
+    def decode(self, stored: Stored) -> Tensor:
+        """The tokens [B, H, m, d] fp32."""
+        return self.coarse(stored) + self._apart(stored) @ self._rows(stored)
+
+    def coarse(self, stored: Stored) -> Tensor:
+        """Codes and outliers, without the low-rank term."""
+        x = self.base.decode(stored)
+        if not self.s:
+            return x
+        error, place = stored.parts["error"].float(), stored.parts["place"]
+        if not self.page:
+            return x.scatter_add(3, place.long(), error)
+        if place.shape[2] * self.page == x.shape[2]:
+            return folded(x, 2, self.page).scatter_add(3, place.long(), error).flatten(2, 3)
+        within = (stored.slots % self.page).unsqueeze(-1).unsqueeze(-1)  # tokens picked one by one
+        return x + (error * (place == within)).sum(3)
+
+    def _rows(self, stored: Stored) -> Tensor:
+        """The factors b of all segments, [B, H, S * r, d]."""
+        return stored.parts["b"].float().mT.flatten(2, 3)
+
+    def _apart(self, stored: Stored) -> Tensor:
+        """The factors a [B, H, m, S * r], each token's in the columns of its segment."""
+        a, segments = stored.parts["a"].float(), stored.parts["b"].shape[2]
+        if segments == 1:
+            return a
+        own = stored.segment(MERGED).unsqueeze(-1) == torch.arange(segments, device=a.device)
+        return (own.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+
+    def scores(self, q: Tensor, stored: Stored) -> Tensor:
+        """q.D + (q b) a^T + q.S."""
+        qb = grouped(q, self._rows(stored).mT)
+        return grouped(q, self.coarse(stored).mT) + grouped(qb, self._apart(stored).mT)
+
+    def weighted_sum(self, p: Tensor, stored: Stored) -> Tensor:
+        """p D + (p a) b^T + p S."""
+        pa = grouped(p, self._apart(stored))
+        return grouped(p, self.coarse(stored)) + grouped(pa, self._rows(stored))
+
+    def merge(self, merged: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The low-rank terms of several segments as one of the same rank."""
+        a, b = tokens["a"].float(), merged["b"].float()
+        pieces = folded(a, 2, a.shape[2] // b.shape[2]) @ b.mT
+        return self._factors(pieces.flatten(2, 3))
+
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+        """Codes and ranges, 2 r (1 + d / n), and 3 bytes per outlier."""
+        factors = 2 * self.rank * (1 + (d / n if n else 0.0))
+        outliers = 2 * self.ends(d) * 3 * (d / self.page if self.page else 1)
+        return self.base.bytes_per_token(d, n) + factors + outliers
+
+
+def _as_stored(parts: Mapping[str, Tensor], x: Tensor) -> Stored:
+    """One segment just encoded, as it will be read."""
+    rows, heads, m, _ = x.shape
+    slots = torch.arange(m, device=x.device)
+    return Stored(heads, parts, {}, slots, lambda span: torch.zeros_like(slots).expand(rows, 1, -1), lambda: slots, None)
+
+
+@register
+@dataclass(frozen=True)
+class Gear(Codec):
+    """Correct what few bits lose: a low-rank term for errors that tokens share, exact values for entries that stand out.
+
+    GEAR, arXiv 2403.05527 v4.  Outliers are exact, which the reference's are not, and one rank serves prompt and generated
+    tokens: of the latter, segments are merged eight at a time, so that their own factors soon weigh nothing.
+    bits:   of the codes.
+    group:  as in kivi, the paper's 64 at 2 bits; 0: the paper's KCVT, one range per channel of a segment and one per token.
+        "auto": 0 from 4 bits on, else 64.
+    rank:   of the low-rank term, per head, the paper's r_p.
+    s:      share of entries that are kept exact, at least a largest and a smallest one per vector; 0: none (GEAR-L).
+    recent: newest tokens that are dense.
+    """
+
+    name: ClassVar[str] = "gear"
+    paper: ClassVar[str] = "2403.05527"
+
+    bits: int = 4
+    group: int | str = "auto"
+    rank: int = 4
+    s: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits(self.name, "bits", self.bits)
+        check_whole(self.name, "rank", self.rank, 1)
+        if self.group != "auto":
+            check_whole(self.name, "group", self.group)
+            if self.group == 1 or self.tokens > 256:
+                raise RecipeError(self.name, "group", self.group, "give 2 to 256 tokens, 0 for a whole segment, or auto")
+        if isinstance(self.s, bool) or not isinstance(self.s, int | float) or not 0 <= self.s <= 0.25:
+            raise RecipeError(self.name, "s", self.s, "give a share of entries from 0 to 0.25")
+        if self.s and self.page > 256:
+            raise RecipeError(self.name, "s", self.s, "give 0.008 or more, or 0 for none (gear_l)")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a channel that share a range; 0: a whole segment."""
+        if isinstance(self.group, int):
+            return self.group
+        return 0 if self.bits >= 4 else 64
+
+    @property
+    def page(self) -> int:
+        """Tokens of a key channel among which outliers are sought: whole groups, of which s is about two tokens."""
+        step = self.tokens or 32
+        return max(1, round(2 / self.s / step)) * step if self.s else 0
+
+    def keys(self) -> Form:
+        """Channel by channel."""
+        return Corrected(Uniform(self.bits, self.tokens, per_channel=True), self.rank, self.s, self.page)
+
+    def values(self) -> Form:
+        """Token by token."""
+        return Corrected(Uniform(self.bits, self.tokens), self.rank, self.s)
+
+
+@register
+@dataclass(frozen=True)
+class GearL(Gear):
+    """Correct what few bits lose by a low-rank term for errors that tokens share.
+
+    GEAR-L, arXiv 2403.05527 v4: gear without its exact entries.
+    """
+
+    name: ClassVar[str] = "gear_l"
+
+    s: float = 0.0

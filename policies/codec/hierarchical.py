@@ -1,0 +1,95 @@
+"""QuantSpec's planes: one 8-bit code as two 4-bit planes, of which a draft reads the upper one only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvlib.kernels.quantise import pack, unpack
+from kvlib.policies.base import RecipeError, check_whole, register
+from kvlib.policies.codec.uniform import Uniform
+from kvlib.policies.encoding import Codec, Form, Stored, Tokens
+
+
+@dataclass(frozen=True)
+class Planes(Uniform):
+    """8-bit codes in two planes of nibbles, `read` of which are read.
+
+    The code is the true 8-bit one, 16 upper + lower; the upper plane alone stands for 16 upper + 7.5, the middle of what it
+    can mean.  In the host tier the lower plane is what moves.
+    """
+
+    read: int = 2
+
+    @property
+    def spans(self) -> Mapping[str, int]:
+        """Planes per token, ranges per group."""
+        lower = {"lower": 1} if self.read == 2 else {}
+        return {"upper": 1, **lower, "range": super().spans["range"]}
+
+    @property
+    def moving(self) -> frozenset[str]:
+        """The plane that drafts do without."""
+        return frozenset(self.spans) & {"lower"}
+
+    def encode(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Planes [R, H, m, d / 2] and ranges."""
+        parts = self.quantise(self.prepared(tokens))
+        codes = parts["codes"]
+        planes = {"upper": pack(codes >> 4, 4), "lower": pack(codes & 15, 4), "range": parts["range"]}
+        return {name: planes[name] for name in self.spans}
+
+    def decode(self, stored: Stored) -> Tensor:
+        """The tokens [B, H, m, d] fp32, by as many planes as are read."""
+        upper = unpack(stored.parts["upper"], 4)
+        if self.read == 1:
+            found = stored.parts["range"].float().clone()
+            scale = found.select(3, 0)
+            found.select(3, 1).add_(scale, alpha=7.5)
+            scale.mul_(16)
+            return self._levels(upper, found)
+        return self._levels((upper << 4) | unpack(stored.parts["lower"], 4), stored.parts["range"])
+
+    def draft(self) -> Form:
+        """The upper plane."""
+        return replace(self, read=1)
+
+
+@register
+@dataclass(frozen=True)
+class Hierarchical(Codec):
+    """Keep an 8-bit code as two 4-bit planes: drafts read one, verification both.
+
+    QuantSpec, arXiv 2502.10424, for `generate_speculative`; otherwise an 8-bit cache.  Keys per channel, values per token.
+    group:  tokens of a key channel that share a range, channels of a value that do (at most the head).
+    recent: newest tokens that are dense.
+    planes: kept and read, 1 or 2; a draft recipe says 1, and reads one plane of both.
+    """
+
+    name: ClassVar[str] = "hierarchical"
+    paper: ClassVar[str] = "2502.10424"
+
+    recent: int = 128
+    group: int = 128
+    planes: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole(self.name, "group", self.group, 2)
+        if self.planes not in (1, 2) or isinstance(self.planes, bool):
+            raise RecipeError(self.name, "planes", self.planes, "give 1 or 2")
+
+    def draft(self) -> Codec:
+        """The upper plane."""
+        return replace(self, planes=1)
+
+    def keys(self) -> Form:
+        """Per channel."""
+        return Planes(8, self.group, per_channel=True, read=self.planes)
+
+    def values(self) -> Form:
+        """Per token."""
+        return Planes(8, self.group, read=self.planes)
