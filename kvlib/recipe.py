@@ -71,8 +71,8 @@ class Recipe:
             self._check_pair(self.evictor, self.select)
         if self.tier is not None:
             self._check_tier(self.tier)
-        if self.codec is not None:
-            self._check_codec(self.codec)
+        for codec in () if self.codec is None else self.codec.members():
+            self._check_codec(codec)
         self._check_sizes()
 
     def _check_pair(self, evict: Evictor, select: Selector) -> None:
@@ -141,7 +141,7 @@ class Recipe:
             raise RecipeError(codec.name, None, None, "it is for tokens that are rarely read: write '@ host' after it")
         if self.block is not None and self.block % grain:
             raise RecipeError(
-                "recipe", "block", self.block, f"{codec.name} encodes {grain} tokens together: a multiple of it"
+                "recipe", "block", self.block, f"{codec.name} encodes {grain} tokens together: give a multiple of it"
             )
         budget = None if select is None else select.budget
         if select is not None and grain > 1 and isinstance(budget, int):

@@ -182,9 +182,22 @@ class Store:
             if brought is not None and name in brought:
                 return brought[name]
             x = self.rows[span].parts[name]
-            return x[:, :, : self._segments(span)] if span <= 0 else x[:, :, lo // span : hi // span]
+            if span > 0:
+                return x[:, :, lo // span : hi // span]
+            only = self._only(span, lo, hi)
+            return x[:, :, : self._segments(span)] if only is None else x[:, :, only : only + 1]
 
         return self._stored(side, cut, self.heads, slots, slots.view(1, 1, -1), position)
+
+    def _only(self, span: int, lo: int, hi: int) -> int | None:
+        """The one segment in which slots lo .. hi - 1 lie in all rows that have them, None if there is none."""
+        found = set()
+        for lengths in self.lengths.get(span, ()):
+            ends = np.cumsum(lengths)
+            if len(ends) and ends[-1] > lo:
+                first, last = np.searchsorted(ends, (lo, min(hi, ends[-1]) - 1), side="right")
+                found |= {int(first), int(last)}
+        return found.pop() if len(found) == 1 else None
 
     def take(self, side: str, ids: Tensor, position: _Position, brought: Mapping[str, Tensor] | None = None) -> Stored:
         """Keys ("k") or values ("v") in the slots ids [B, H', m]: one list may serve all heads (H' = 1), and the query

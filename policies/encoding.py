@@ -82,8 +82,10 @@ class Stored:
         return self._position()
 
     def of_segment(self, name: str, span: int) -> Tensor:
-        """For each token the entry of its segment, [B, H, m, ...]."""
+        """For each token the entry of its segment, [B, H, m, ...], or [B, H, 1, ...] where all have the same."""
         x = self.parts[name]
+        if x.shape[2] == 1:
+            return x
         segment = self.segment(span).expand(*x.shape[:2], -1)
         index = segment.view(*segment.shape, *[1] * (x.dim() - 3)).expand(*segment.shape, *x.shape[3:])
         return x.gather(2, index)
@@ -274,6 +276,10 @@ class Codec(Method):
     def at(self, layer: int, head: int, layers: int) -> Codec | None:
         """The codec of one KV head of one of a model's layers; None: dense."""
         return self
+
+    def members(self) -> tuple[Codec, ...]:
+        """Every codec that some layer or head may have."""
+        return (self,)
 
     def fit(self, layers: int, heads: int, d: int) -> None:
         """Raise RecipeError where a model of this shape cannot be served."""

@@ -65,7 +65,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         self._rotary = None
         if self.recipe.codec is not None:
             self.recipe.codec.fit(self.spec.layers, self.spec.kv_heads, self.spec.head_dim)
-            if any(form.needs_rotary for form in self.recipe.codec.forms()):
+            if any(form.needs_rotary for codec in self.recipe.codec.members() for form in codec.forms()):
                 self._rotary = rotary_of(model)
         self.table = self._head_table(model)
         attach(model, None if self.token_ids is None else _take_ids)

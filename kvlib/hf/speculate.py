@@ -18,8 +18,8 @@ from kvlib.recipe import Recipe
 
 @dataclass(frozen=True)
 class Speculation:
-    """What `generate_speculative` returns: sequences [B, prompt + new], how many tokens of each row were drafted and accepted
-    in how many rounds, and the cache, which can be used for another turn."""
+    """What `generate_speculative` returns: sequences [B, prompt + new], how many tokens of each row were drafted and
+    accepted in how many rounds, and the cache, which can be used for another turn."""
 
     sequences: Tensor
     drafted: int

@@ -55,8 +55,7 @@ class Corrected(Form):
             parts = self.base.quantise(x)
             return parts | self._factors(x - self.base.decode(_as_stored(parts, x)))
         vectors, ends = self._vectors(x), self.ends(x.shape[3])
-        order = vectors.argsort(3)
-        place = torch.cat([order[..., :ends, :], order[..., -ends:, :]], 3)
+        place = torch.cat([vectors.topk(ends, 3, largest).indices for largest in (False, True)], 3)
         mean = vectors.mean(3, keepdim=True)
         parts = self.base.quantise(self._tokens(vectors.scatter(3, place, mean.expand(place.shape))))
         coded = self.base.decode(_as_stored(parts, x))
@@ -184,7 +183,7 @@ class Gear(Codec):
     @property
     def page(self) -> int:
         """Tokens of a key channel among which outliers are sought: whole groups, of which s is about two tokens."""
-        step = self.tokens or 32
+        step = self.tokens or 64
         return max(1, round(2 / self.s / step)) * step if self.s else 0
 
     def keys(self) -> Form:

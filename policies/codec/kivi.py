@@ -14,7 +14,7 @@ BITS = (2, 4, 8)
 
 def check_bits(method: str, argument: str, value: object, known: tuple[int, ...] = BITS) -> None:
     """Raise RecipeError unless `value` is one of the bit widths `known`."""
-    if isinstance(value, bool) or value not in known:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in known:
         raise RecipeError(method, argument, value, f"give one of {', '.join(map(str, known))}")
 
 

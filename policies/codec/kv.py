@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -61,6 +61,7 @@ class KV(Codec):
     """Keep keys and values, layers and heads, each by a codec of its own.
 
     k, v:   recipes of codecs, such as "kivi(bits=2)", or "full" for dense; v as k unless given.
+    recent: newest tokens that are dense, for the exceptions too.
     where:  exceptions, "layers: codec; layers: codec", a layer being a number, a range 0-3 or layer.head, negative ones
         counted from the end: "0-1, -1: full; 5.2: kv8".  The first that fits counts.
     """
@@ -97,8 +98,13 @@ class KV(Codec):
                 remedy = 'write "layers: codec; layers: codec", as in "0-1, -1: full; 5.2: kv8"'
                 raise RecipeError(self.name, "where", clause, remedy)
             ends = [(int(m[1]), int(m[2] or m[1]), None if m[3] is None else int(m[3])) for m in spans if m]
-            found.append((ends, self._codec("where", text.strip())))
+            codec = self._codec("where", text.strip())
+            found.append((ends, codec and replace(codec, recent=self.recent)))
         return found
+
+    def members(self) -> tuple[Codec, ...]:
+        """Itself and the exceptions."""
+        return self, *(codec for _, codec in self._exceptions if codec is not None)
 
     def keys(self) -> Form:
         """As the codec of keys keeps keys."""

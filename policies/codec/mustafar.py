@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.quantise import pack, unpack
+from kvlib.kernels.selection import top
 from kvlib.policies.base import RecipeError, check_fraction, register
 from kvlib.policies.encoding import Codec, Form, Stored, Tokens
 
@@ -40,16 +41,18 @@ class Pruned(Form):
     def encode(self, tokens: Tokens) -> dict[str, Tensor]:
         """Bitmaps [R, H, m, d / 8] and the entries [R, H, m, k] in the model's type."""
         x, d = tokens.x, tokens.x.shape[-1]
-        order = x.abs().argsort(dim=-1, descending=True, stable=True)[..., : self.k(d)].sort(-1).values
+        order = top(x.abs(), self.k(d)).sort(-1).values
         mask = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, order, 1)
         return {"bitmap": pack(mask, 1), "kept": x.gather(-1, order)}
 
     def decode(self, stored: Stored) -> Tensor:
         """The tokens [B, H, m, d] with zeros where nothing was kept, in the model's type."""
-        mask = unpack(stored.parts["bitmap"], 1).bool()
-        kept = stored.parts["kept"]
-        place = (mask.cumsum(-1) - 1).clamp_(min=0)
-        return kept.gather(-1, place).masked_fill_(~mask, 0)
+        mask, kept = unpack(stored.parts["bitmap"], 1), stored.parts["kept"]
+        k, vectors = kept.shape[-1], mask[..., 0].numel()
+        place = mask.int().cumsum(-1, dtype=torch.int32)
+        place += torch.arange(vectors, dtype=torch.int32, device=mask.device).view(*mask.shape[:-1], 1) * k - 1
+        spread = kept.flatten().index_select(0, place.clamp_(min=0).flatten())
+        return spread.view(mask.shape).mul_(mask)
 
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
         """A bit per channel and the entries that stay."""
