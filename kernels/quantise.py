@@ -38,7 +38,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def folded(x: Tensor, dim: int, size: int) -> Tensor:
     """x with axis `dim` as pieces of `size`: [..., n, ...] to [..., n / size, size, ...]."""
-    return x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
+    return x.reshape(*x.shape[:dim], x.shape[dim] // size, size, *x.shape[dim + 1 :])
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kvlib.coded import Coding
 from kvlib.segment import Layout, Tail, Tiles
 
 
@@ -41,10 +42,11 @@ class Candidates:
         """Keys ("k") or values ("v") of all candidates, [B, H, M, d]."""
         x: Tensor = getattr(self.tail, which)
         index = self.tail_slot.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
-        return self._join(None if self.body is None else getattr(self.body, which), x.gather(2, index))
+        return self._join(None if self.body is None else self.body.vectors(which), x.gather(2, index))
 
-    def gather(self, keep: Tensor, fields: bool = True) -> Tiles | None:
-        """The candidates marked in keep [B, H, M], as tiles; None where there is none."""
+    def gather(self, keep: Tensor, fields: bool = True, coding: Coding | None = None) -> Tiles | None:
+        """The candidates marked in keep [B, H, M], as tiles, those of the tail encoded as `coding` says, as the body's were;
+        None where there is none."""
         counts = keep.sum(-1).cpu().numpy()
         if not counts.any():
             return None
@@ -54,28 +56,32 @@ class Candidates:
         row = torch.arange(counts.size, device=keep.device).view(*counts.shape, 1) * self.tail.k.shape[2]
         source = torch.cat([self.body_slot, row + self.tail_slot], -1)[keep]
 
-        def build(tail: Tensor, body: Tensor | None) -> Tensor:
+        def build(tail: Tensor, body: Tensor | None, which: str) -> Tensor:
             """Rows of the flat tail and the flat body, put where they belong."""
-            flat = tail.new_zeros((layout.tiles * layout.width, *tail.shape[1:]))
+            fresh = tail[source if body is None else source[from_tail]]
+            if coding is not None and which:
+                fresh = coding.write(which, fresh)
+            flat = fresh.new_zeros((layout.tiles * layout.width, *fresh.shape[1:]))
             if body is None:
-                flat[target] = tail[source]
+                flat[target] = fresh
             else:
-                flat[target[from_tail]] = tail[source[from_tail]]
+                flat[target[from_tail]] = fresh
                 flat[target[~from_tail]] = body[source[~from_tail]]
-            return flat.view(layout.tiles, layout.width, *tail.shape[1:])
+            return flat.view(layout.tiles, layout.width, *fresh.shape[1:])
 
-        def both(part: Callable[[Tail | Tiles], Tensor]) -> Tensor:
+        def both(part: Callable[[Tail | Tiles], Tensor], which: str = "") -> Tensor:
             body = None if self.body is None else part(self.body).flatten(0, 1)
-            return build(part(self.tail).flatten(0, 2), body)
+            return build(part(self.tail).flatten(0, 2), body, which)
 
-        k, v = both(lambda held: held.k), both(lambda held: held.v)
+        k, v = both(lambda held: held.k, "k"), both(lambda held: held.v, "v")
         names = list(self.tail.fields) if fields else []
         statistics = {x: both(partial(_field, x)) for x in names}
         positions = torch.zeros(layout.tiles * layout.width, dtype=torch.int32, device=keep.device)
         positions[target] = self.positions[keep].int()
         segment = None if layout.segment is None else torch.from_numpy(layout.segment).to(keep.device)
         fill = None if layout.fill is None else torch.from_numpy(layout.fill).to(keep.device)
-        return Tiles(k, v, counts, positions.view(layout.tiles, layout.width), statistics, segment, fill)
+        placed = positions.view(layout.tiles, layout.width)
+        return Tiles(k, v, counts, placed, statistics, segment, fill, coding=coding)
 
 
 def _field(name: str, held: Tail | Tiles) -> Tensor:

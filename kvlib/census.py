@@ -113,7 +113,8 @@ def nbytes(group: HeadGroup, used: bool, seen: set[int]) -> dict[tuple[str, str]
     statistics = 4 * held * len(group.tail.fields)
     for name, tiles in (("sink", group.sink), ("body", group.body)):
         if isinstance(tiles, Tiles):
-            sizes["device" if tiles.home is None else "host", name] = int(tiles.counts.sum()) * vector
+            own = tiles.k.shape[-1] * tiles.k.element_size() + tiles.v.shape[-1] * tiles.v.element_size()
+            sizes["device" if tiles.home is None else "host", name] = int(tiles.counts.sum()) * own
             statistics += int(tiles.counts.sum()) * 4 * (1 + len(tiles.fields))
     if isinstance(group.body, Indexed):
         sizes |= group.body.used()

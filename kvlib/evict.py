@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlib.candidates import Candidates
+from kvlib.coded import Coding
 from kvlib.indexed import Indexed
 from kvlib.kernels.merge import merge
 from kvlib.policies.base import Split, View
@@ -78,7 +79,7 @@ def _compress(group: HeadGroup, oldest: np.ndarray, split: Split) -> None:
     if group.grain > 1:  # what does not fill a group of the codec stays dense, beside the sinks
         spare = keep & (keep.cumsum(-1) <= keep.sum(-1, keepdim=True) % group.grain)
         keep, first_ones = keep & ~spare, first_ones | spare[..., candidates.from_body :]
-    body = candidates.gather(keep)
+    body = candidates.gather(keep, coding=_coding(group))
     if body is not None and group.home is not None:
         body = group.home.settle(body)
     if first_ones.any():
@@ -88,6 +89,16 @@ def _compress(group: HeadGroup, oldest: np.ndarray, split: Split) -> None:
         group.sink = first.gather(chosen, fields=False)
     group.body = body
     group.tail.drop(oldest)
+
+
+def _coding(group: HeadGroup) -> Coding | None:
+    """How the body's tokens become bytes, if they do here: where a selector or one evictor's choice comes first, they are
+    encoded when they enter the indexed body."""
+    if group.codec is None or group.selector is not None:
+        return None
+    assert group.tail is not None
+    k, v = group.tail.k, group.tail.v
+    return Coding(group.codec.forms(), k.shape[3], v.shape[3], k.dtype)
 
 
 def _votes(group: HeadGroup, candidates: Candidates, split: Split) -> Tensor:

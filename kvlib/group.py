@@ -55,12 +55,12 @@ class HeadGroup:
     ):
         self.evictor = evictor if evictor is not None and evictor.evicts() else None
         self.selector = selector if selector is not None and selector.selects() else None
-        if self.selector is None and (codec is not None or (self.evictor is None and tier is not None)):
+        self.online = self.evictor is not None and self.evictor.when == "online"
+        if self.selector is None and not self.online and (codec or (self.evictor is None and tier)):
             self.selector = Everything() if codec is None else Everything(recent=codec.recent)
         self.heads, self.tier, self.codec, self.rotary = heads, tier, codec, rotary
         self.grain = 1 if codec is None else codec.grain
         self.whole, self.cheap = False, False  # whether queries read all whatever is selected, and from fewer bytes
-        self.online = self.evictor is not None and self.evictor.when == "online"
         self.plain = self.evictor is None and self.selector is None  # whether all is kept in the tail and read
         self.seals = self.online or self.selector is not None  # whether tokens leave the tail after the prompt
         self.needs = Needs() if self.evictor is None else self.evictor.requirements()

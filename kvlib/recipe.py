@@ -115,14 +115,17 @@ class Recipe:
     def _check_codec(self, codec: Codec) -> None:
         """A codec goes with what asks for no less than it can give: blocks to evict, tokens to read."""
         evict, select, grain = self.evictor, self.select, codec.grain
-        if evict is not None and evict.when == "online":
-            why = f"seals {grain} tokens at a time, so" if grain > 1 else "encodes what leaves the tail for good, and"
+        if evict is not None and evict.when == "online" and not all(form.alone for form in codec.forms()):
+            why = f"seals {grain} tokens at a time, so" if grain > 1 else "is fitted to a row's first tokens, and"
             remedy = (
-                f"{codec.name} {why} online {evict.name} cannot evict single tokens from its blocks: use h2o_prefill or "
-                "snapkv, which evict before sealing"
+                f"{codec.name} {why} online {evict.name} cannot evict single tokens from its blocks: use a codec of single "
+                "tokens (kv4), or h2o_prefill or snapkv, which evict before sealing"
             )
             raise RecipeError(codec.name, None, None, remedy)
-        if evict is not None and getattr(evict, "adaptive", False):
+        if evict is not None and evict.bodiless:
+            remedy = f"{evict.name} keeps nothing between its first and its newest tokens: use window(budget=...)"
+            raise RecipeError(codec.name, None, None, remedy)
+        if evict is not None and evict.when == "prefill_end" and getattr(evict, "adaptive", False):
             remedy = f"{evict.name}(adaptive=True) leaves each head another number of tokens to encode: leave it out"
             raise RecipeError(codec.name, None, None, remedy)
         unreadable = max(form.read_granularity for form in codec.forms())

@@ -19,6 +19,7 @@ from kvlib.kernels.column_mass import column_mass
 from kvlib.kernels.merge import merge_segments
 
 if TYPE_CHECKING:
+    from kvlib.coded import Coding
     from kvlib.home import Home
 
 TILE = 32  # tokens per tile where heads hold different counts
@@ -262,6 +263,7 @@ class Tiles:
     segment: Tensor | None
     fill: Tensor | None
     home: Home | None = None  # where k and v live, None: with the rest
+    coding: Coding | None = None  # how k and v are bytes, None: they are vectors
 
     def _tiled(self, x: Tensor) -> Tensor:
         """Rows of x [B, H * g, ...] as one group per tile: [G, g, ...]."""
@@ -276,9 +278,13 @@ class Tiles:
         [G, g, P], normalised over the kept tokens of their head."""
         if self.home is not None:
             return self.home.attend(self, q, spec, probabilities)
-        k, v = self.k[:, None], self.v[:, None]
-        tiles = attention(self._tiled(q), k, v, spec.scale, self._visible(), spec.softcap, probabilities=probabilities)
+        k, v, q_in = self.k[:, None], self.v[:, None], self._tiled(q)
+        if self.coding is not None:
+            q_in, k, v = self.coding.opened(q_in, self.k, self.v)
+        tiles = attention(q_in, k, v, spec.scale, self._visible(), spec.softcap, probabilities=probabilities)
         out, lse, p = tiles
+        if self.coding is not None:
+            out = self.coding.closed(out, self.v)
         assert lse is not None
         if self.segment is not None:
             out, total, _ = merge_segments(out, lse, self.segment, self.counts.size)
@@ -292,8 +298,15 @@ class Tiles:
         """Probability collected by each slot, [G, P]."""
         if self.home is not None:
             return self.home.bring(self).column_mass(q, lse, spec)
-        k, lse = self.k[:, None], self._tiled(lse)
-        return column_mass(self._tiled(q), k, lse, spec.scale, self._visible(), spec.softcap)[:, 0]
+        k, lse, q = self.k[:, None], self._tiled(lse), self._tiled(q)
+        if self.coding is not None:
+            q, k, _ = self.coding.opened(q, self.k, self.v)
+        return column_mass(q, k, lse, spec.scale, self._visible(), spec.softcap)[:, 0]
+
+    def vectors(self, which: str) -> Tensor:
+        """Keys ("k") or values ("v") [G, P, d]."""
+        held: Tensor = getattr(self, which)
+        return held if self.coding is None else self.coding.vectors(which, held)
 
     def slots(self) -> Tensor:
         """Flat slot of each kept token, [B, H, max count], -1 past a head's count."""
@@ -325,7 +338,7 @@ class Tiles:
         fields = {name: field.index_select(0, tiles) for name, field in self.fields.items()}
         owner = None if segment is None else torch.from_numpy(segment).to(tiles.device)
         k, v, positions = (x.index_select(0, tiles.to(x.device)) for x in (self.k, self.v, self.positions))
-        picked = Tiles(k, v, counts, positions, fields, owner, fill)
+        picked = Tiles(k, v, counts, positions, fields, owner, fill, coding=self.coding)
         return picked if self.home is None else self.home.settle(picked)
 
     def mass_of(self, p: Tensor, share: Tensor) -> Tensor:

@@ -268,7 +268,11 @@ def _formula(group: HeadGroup, dense: int) -> int:
     heads, size = tail.k.shape[1], tail.k.element_size()
     held = int(tail.lengths.sum()) * heads + (0 if group.sink is None else int(group.sink.counts.sum()))
     if not isinstance(body, Indexed):
-        return (held + (0 if body is None else int(body.counts.sum()))) * dense
+        own = float(dense)
+        if body is not None and body.coding is not None:
+            pairs = zip(body.coding.forms, (tail.k, tail.v), strict=True)
+            own = sum(form.bytes_per_token(x.shape[3], 0, size) for form, x in pairs)
+        return held * dense + (0 if body is None else round(int(body.counts.sum()) * own))
     total = float(sum(size for sizes in body.store.sizes.values() for row in sizes for size in row))
     for form, x in zip(body.store.forms, (tail.k, tail.v), strict=True):
         if form.paged:

@@ -14,6 +14,7 @@ from kvlib.policies.evict.h2o import H2O, H2OPrefill
 from kvlib.policies.evict.random_eviction import RandomEviction
 from kvlib.policies.evict.snapkv import SnapKV
 from kvlib.policies.evict.streaming_llm import StreamingLLM
+from kvlib.policies.evict.window import AccLLM, Window
 from kvlib.policies.heads.duo_attention import DuoAttention
 from kvlib.policies.heads.table import HeadTable
 from kvlib.policies.select.clusterkv import ClusterKV
@@ -31,6 +32,7 @@ __all__ = [
     "KV",
     "KV4",
     "KV8",
+    "AccLLM",
     "BudgetedEvictor",
     "ClusterKV",
     "Codec",
@@ -64,5 +66,6 @@ __all__ = [
     "StreamingLLM",
     "TokenSelect",
     "View",
+    "Window",
     "register",
 ]

@@ -124,6 +124,16 @@ class Form(ABC):
         return self.grain
 
     @property
+    def fitted(self) -> bool:
+        """Whether a row's first tokens decide something for later ones."""
+        return False
+
+    @property
+    def alone(self) -> bool:
+        """Whether every token is encoded without any other, so that each can be given up at any time."""
+        return set(self.spans.values()) == {1} and not self.fitted
+
+    @property
     def moving(self) -> frozenset[str]:
         """Parts that live in the host tier where there is one: by default those that belong to a single token."""
         return frozenset(name for name, span in self.spans.items() if span == 1)

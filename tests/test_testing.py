@@ -72,6 +72,15 @@ RECIPES += [
     "full + sink=2 + recent=9 + block=5 @ host",
 ]
 
+RECIPES += [  # codecs of single tokens under evictors that go on evicting
+    "h2o(budget=32) + kv4",
+    "h2o(budget=32, adaptive=True) + rotated(bits=3) @ host",
+    "h2o(budget=32) + kv(k='kv8', v='rotated(bits=2, levels=lloyd_max)')",
+    f"{SPLIT} + h2o(budget=32) + kv8 @ host(attend=True)",
+    "window(budget=0.3)",
+    "window(budget=32) + mustafar",
+    "accllm(sink=2, window=30)",
+]
 RECIPES += [  # codecs, under every kind of selector and evictor, on every tier
     "kv4(recent=8) + block=8",
     "kv4(recent=8, smooth=0.5) + block=8",

@@ -64,6 +64,11 @@ class LowRankKeys(Form):
         """Keys stay on the device."""
         return frozenset()
 
+    @property
+    def fitted(self) -> bool:
+        """By the rows that span the prompt's keys."""
+        return True
+
     def fit(self, tokens: Tokens) -> dict[str, Tensor]:
         """The rows [R, H, r, d], orthonormal over all heads, in the model's type."""
         bare = self._bare(tokens)

@@ -45,6 +45,11 @@ class Uniform(Form):
         if self.rotated and d % 2:
             raise RecipeError(name, None, None, f"an odd head size {d} cannot be rotated: use kv4")
 
+    @property
+    def fitted(self) -> bool:
+        """Where there are smoothing factors."""
+        return self.smooth > 0
+
     def fit(self, tokens: Tokens) -> dict[str, Tensor]:
         """The smoothing factors, from the row's first tokens."""
         if not self.smooth:

@@ -1,0 +1,72 @@
+"""Single tokens as bytes: what an evictor's tiles hold under a codec that encodes every token alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvlib.policies.encoding import Form, Stored, Tokens
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How tokens are bytes: the forms of keys and values, which were vectors of sizes d and dv of a type."""
+
+    forms: tuple[Form, Form]
+    d: int
+    dv: int
+    dtype: torch.dtype
+
+    def write(self, which: str, x: Tensor) -> Tensor:
+        """Keys ("k") or values ("v") x [N, d] as bytes [N, bytes]."""
+        return write(self.forms["kv".index(which)], x)
+
+    def vectors(self, which: str, coded: Tensor) -> Tensor:
+        """Keys or values [G, P, d] of bytes [G, P, bytes], in the type they had."""
+        form, stored = self.forms["kv".index(which)], self._stored(which, coded)
+        return form.epilogue(form.decode(stored).float(), stored).squeeze(1).to(self.dtype)
+
+    def _stored(self, which: str, coded: Tensor) -> Stored:
+        return read(self.forms["kv".index(which)], coded, self.d if which == "k" else self.dv, self.dtype)
+
+    def opened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A query [G, g, n, d] and bytes of keys and values [G, P, bytes] as attention meets them, fp32 vectors each."""
+        keys, values = self._stored("k", k), self._stored("v", v)
+        form, other = self.forms
+        return form.prologue(q.float(), keys), form.decode(keys).float(), other.decode(values).float()
+
+    def closed(self, out: Tensor, v: Tensor) -> Tensor:
+        """An output [G, g, n, dv] of such values as the model expects it."""
+        return self.forms[1].epilogue(out, self._stored("v", v[:, :0]))
+
+
+def write(form: Form, x: Tensor) -> Tensor:
+    """Tokens x [N, d] as bytes [N, bytes]: the parts of a form of single tokens, one after the other."""
+    parts = form.encode(_tokens(x))
+    return torch.cat([parts[name].flatten(3)[0, 0].contiguous().view(torch.uint8) for name in form.spans], 1)
+
+
+def read(form: Form, coded: Tensor, d: int, dtype: torch.dtype) -> Stored:
+    """Bytes [G, P, bytes] of vectors that had size d and the type given, as a form reads them: [G, 1, P, ...] each."""
+    parts, at = {}, 0
+    for name, (shape, kind, size) in _layout(form, d, dtype).items():
+        piece = coded[..., at : at + size].clone(memory_format=torch.contiguous_format).view(kind)  # aligned anew
+        parts[name] = piece.view(len(coded), 1, coded.shape[1], *shape)
+        at += size
+    slots = torch.arange(coded.shape[1], device=coded.device)
+    return Stored(1, parts, {}, slots, lambda span: slots, lambda: slots, None)
+
+
+def _tokens(x: Tensor) -> Tokens:
+    places = torch.arange(len(x), device=x.device)
+    return Tokens(x[None, None], places.view(1, 1, -1), None, {}, places[:1])
+
+
+@lru_cache
+def _layout(form: Form, d: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+    """Shape, type and bytes of each part of a token."""
+    parts = form.encode(_tokens(torch.zeros(1, d, dtype=dtype)))
+    return {name: (tuple(parts[name].shape[3:]), parts[name].dtype, parts[name].nbytes) for name in form.spans}
