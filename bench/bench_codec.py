@@ -111,7 +111,7 @@ def count_bytes(recipes: list[str]) -> Iterator[dict[str, Any]]:
             store = filled(codec, k, v, rope(d))
             n = int(store.counts[0])
             heads = [1 / 8 if form.scope == "group" and not form.paged else 1 for form in codec.forms()]
-            formula = sum(h * form.bytes_per_token(d, n) for h, form in zip(heads, codec.forms(), strict=True))
+            formula = sum(h * form.bytes_per_token(d, n, merged=n) for h, form in zip(heads, codec.forms(), strict=True))
             row[str(d)] = {"measured": sum(store.used().values()) / n / 8, "formula": formula, "dense": 4 * d}
         yield row
 

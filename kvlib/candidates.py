@@ -45,8 +45,8 @@ class Candidates:
         return self._join(None if self.body is None else self.body.vectors(which), x.gather(2, index))
 
     def gather(self, keep: Tensor, fields: bool = True, coding: Coding | None = None) -> Tiles | None:
-        """The candidates marked in keep [B, H, M], as tiles, those of the tail encoded as `coding` says, as the body's were;
-        None where there is none."""
+        """The candidates marked in keep [B, H, M], as tiles, None where there is none; `coding` encodes those of the tail,
+        as it did those of the body."""
         counts = keep.sum(-1).cpu().numpy()
         if not counts.any():
             return None

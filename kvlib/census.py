@@ -37,7 +37,7 @@ def attended(group: HeadGroup) -> np.ndarray:
     if group.tail is None:
         return held
     if group.selector is not None:
-        if not group.selector.selects():
+        if group.whole or not group.selector.selects():
             return held
         budget = group.selector.tokens(group.tokens) if group.split is None else group.split.total
         within: np.ndarray = np.minimum(held, budget[:, None])

@@ -60,7 +60,7 @@ class HeadGroup:
             self.selector = Everything() if codec is None else Everything(recent=codec.recent)
         self.heads, self.tier, self.codec, self.rotary = heads, tier, codec, rotary
         self.grain = 1 if codec is None else codec.grain
-        self.whole, self.cheap = False, False  # whether queries read all whatever is selected, and from fewer bytes
+        self.sealing = self.selector  # by whose sizes tokens leave the tail: another's where the selector only drafts
         self.plain = self.evictor is None and self.selector is None  # whether all is kept in the tail and read
         self.seals = self.online or self.selector is not None  # whether tokens leave the tail after the prompt
         self.needs = Needs() if self.evictor is None else self.evictor.requirements()
@@ -83,6 +83,7 @@ class HeadGroup:
         self.queries: Tensor | None = None  # newest prompt queries, for votes
         self.draft: Draft | None = None
         self.spec = Spec(1.0)  # how the model attends, from the last chunk
+        self.whole, self.cheap = False, False  # whether queries read all whatever is selected, and from fewer bytes
         self.home: Home | None = None  # host memory behind tiles, made with the tail
 
     # ------------------------------------------------------------------------------------------------ one chunk
@@ -283,7 +284,7 @@ class HeadGroup:
                 evict.choose_once(self)
         self.open = False
         if self.selector is not None:
-            self.split = self.selector.split(self.tokens, self.sizes)
+            self.split = recall.split(self)
             if isinstance(self.body, Tiles):
                 recall.index_kept(self)
             recall.seal(self, closing=True)

@@ -16,7 +16,7 @@ from kvlib.kernels.merge import merge
 from kvlib.kernels.selection import Listing, list_runs, list_units, taken, top, vote
 from kvlib.offload.resident import Resident, Traffic
 from kvlib.offload.transfer import stream
-from kvlib.policies.encoding import DENSE, Form, Stored, attend
+from kvlib.policies.encoding import DENSE, Form, Stored, attend, attend_prepared, finished, prepared
 from kvlib.policies.selection import Index, Past, Selector, Units, products
 from kvlib.policies.tier.host import Host
 from kvlib.rows import Rows
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _KeysAt = Callable[[Tensor], Stored]  # columns [B, H', m] of a listing -> the keys there
 PIECE = 4096  # tokens of a body in host memory that are on the device at once when all of it is read
-DECODED = 1024  # tokens that are decoded at once, few enough to stay in a core's cache
+DECODED = (1024, 16384)  # tokens decoded at once: few enough for a core's cache, on a GPU enough to fill it
 
 
 @dataclass
@@ -87,13 +87,13 @@ class Indexed:
         return self.store.counts
 
     # --------------------------------------------------------------------------------------------------- taking in
-    def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor, units: Units) -> None:
-        """Add a block [R, H, m, d] at positions [R, H, m] to the rows given [R]."""
+    def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor, units: Units, fresh: bool = True) -> None:
+        """Add a block [R, H, m, d] at positions [R, H, m] to the rows given [R]; `fresh`: of their prompts."""
         first = self.counts[rows]
         m = k.shape[2]
         if units.order is not None:
             k, v, position = (_ordered(x, units.order) for x in (k, v, position))
-        self.store.append(rows, k, v, position)
+        self.store.append(rows, k, v, position, fresh)
         if not self.implicit:
             self.places.append(rows, {"position": position.int()})
         index = dict(units.summary)
@@ -114,12 +114,20 @@ class Indexed:
         store = store or self.store
         there = self.away and q.shape[2] <= FEW
         device = store.device if there else q.device
-        parts, there_q = [], q.to(device)
+        parts, read = [], q.to(device)
+        last: tuple[Stored, Stored] | None = None
         for lo, hi, brought in self._pieces(store, device, moving=not there):
             k, v = (store.piece(side, lo, hi, self._position, brought).to(device) for side in "kv")
+            read = prepared(store.forms, read, k) if last is None else read
+            last = k, v
             visible = self._all(lo, hi, device)
-            parts.append(attend(store.forms, there_q, (k, v), spec.scale, visible, spec.softcap))
-        return _moved(merge(parts), q.device)
+            parts.append(attend_prepared(store.forms, read, last, spec.scale, visible, spec.softcap))
+            if store.pages and self.tier is not None:
+                self.streamed.moved += sum(
+                    x.parts["x"].nbytes for x, side in zip(last, "kv", strict=True) if side in store.pages
+                )
+        assert last is not None
+        return _moved(finished(store.forms, merge(parts), last[1]), q.device)
 
     @property
     def away(self) -> bool:
@@ -130,7 +138,7 @@ class Indexed:
         """Walk all slots: from, to, and copies on `device` of what lives in host memory, if it is `moving`.  At once where
         nothing is to be moved or decoded."""
         if not (moving and store.host) and not store.pages:
-            most = int(self.counts.max()) if all(form.exact for form in store.forms) else DECODED
+            most = int(self.counts.max()) if all(form.exact for form in store.forms) else DECODED[device.type == "cuda"]
             yield from ((lo, hi, {}) for lo, hi in self._ranges(most))
             return
         stop, step = int(self.counts.max()), max(1, PIECE // store.grain) * store.grain
@@ -229,7 +237,7 @@ class Indexed:
     def _products(self, q: Tensor) -> Tensor:
         """Products [B, Hq, T] fp32 of a query [B, Hq, d] with all keys."""
         stop = int(self.counts.max())
-        pieces = self._ranges(stop if self.store.forms[0].exact else DECODED)
+        pieces = self._ranges(stop if self.store.forms[0].exact else DECODED[q.is_cuda])
         found = [self._product(self.store, q, self.store.piece("k", lo, hi, self._position)) for lo, hi in pieces]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
@@ -252,7 +260,10 @@ class Indexed:
         rest = query.rest[:, :, 0] if query.rest is not None and self.selector.scaled else None
         votes = vote(s, heads, rest, self.selector.loudest)  # an absent unit has none, and one without reads nothing
         first = self.selector.always(index)
-        return top(votes if first is None else votes.masked_fill(first, float("inf")), k)
+        if first is None:
+            return top(votes, k)
+        first = self._hide_absent(first.float().masked_fill(~first, float("-inf")), index) > 0
+        return top(votes.masked_fill(first, float("inf")), k)
 
     def _scaled(self, s: Tensor, spec: Spec) -> Tensor:
         """Scores as the model's attention has them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial, reduce
 from math import lcm
 from typing import TYPE_CHECKING
@@ -17,11 +18,21 @@ from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
 from kvlib.policies.base import Split
 from kvlib.policies.encoding import DENSE
-from kvlib.policies.selection import SEGMENT, Block
+from kvlib.policies.selection import SEGMENT, Block, Everything
 from kvlib.segment import Spec, Tiles
 
 if TYPE_CHECKING:
     from kvlib.group import HeadGroup
+
+
+def split(group: HeadGroup) -> Split:
+    """Shares of the budget at the end of the prompt: sizes by what seals, the rest of the budget by what selects."""
+    assert group.selector is not None and group.sealing is not None
+    found = group.sealing.split(group.tokens, group.sizes)
+    if group.sealing is group.selector:
+        return found
+    taken = found.sink + found.recent + found.block
+    return replace(found, body=np.maximum(group.selector.tokens(group.tokens) - taken, 0))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -33,8 +44,12 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse:
     kept = group.sink is not None or body is not None
     tail = group.tail.attend(q, spec, lse=lse or kept or spec.sinks is not None)
     parts = [tail] if group.sink is None else [group.sink.attend(q, spec), tail]
-    rest = None if body is None or group.whole or not group.selector.selects() else _lse_of(parts, spec)
     store = body.store.drafting() if group.cheap and isinstance(body, Indexed) else None
+    if group.whole or not group.selector.selects():  # rows that read everything differ in nothing
+        if group.draft is not None:
+            group.draft.pasts.extend([group.past] * q.shape[2])
+        return merge([*parts, body.attend(q, spec, store)] if isinstance(body, Indexed) else parts, spec.sinks)
+    rest = None if body is None else _lse_of(parts, spec)
     rows, n = [], q.shape[2]
     for j in range(n):  # more than one row only while drafts are verified: each selects as if it came alone
         later = n - 1 - j
@@ -59,9 +74,7 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse:
 
 def room(group: HeadGroup) -> np.ndarray:
     """How many tokens of the body the newest query of each row reads, [B]: what sinks and tail leave of the budget."""
-    assert group.tail is not None and group.selector is not None and group.split is not None
-    if group.whole or not group.selector.selects():
-        return np.full_like(group.tokens, np.iinfo(np.int64).max // 2)
+    assert group.tail is not None and group.split is not None
     left: np.ndarray = group.split.total - group.tail.lengths - (0 if group.sink is None else group.sink.counts[:, 0])
     return left
 
@@ -89,10 +102,10 @@ def _id(group: HeadGroup, later: int) -> Tensor:
 def seal(group: HeadGroup, closing: bool = False) -> None:
     """Move what is due from the tail to the sinks and the indexed body, and note when the next block will be; `closing`
     when the prompt has just ended."""
-    assert group.tail is not None and group.selector is not None
+    assert group.tail is not None and group.sealing is not None
     split = group.split
     if split is None:  # sizes that do not depend on how much of the prompt has been seen
-        split = group.selector.split(np.full_like(group.tokens, SEGMENT), group.sizes)
+        split = group.sealing.split(np.full_like(group.tokens, SEGMENT), group.sizes)
     sinks, body = _due(group, split, closing)
     moved = body + sinks
     if moved.any():
@@ -103,9 +116,19 @@ def seal(group: HeadGroup, closing: bool = False) -> None:
     sealed = group.tokens - group.tail.lengths
     first = np.where(sealed > 0, 0, split.sink)
     wait = sealed + first + split.recent + split.block
-    if group.tier is None:
-        wait = np.where(sealed > 0, wait, np.maximum(wait, split.total))
+    wait = np.where(sealed > 0, wait, np.maximum(wait, _least(group, split)))
     group.until_seal = max(1, int((wait - group.tokens).min()))
+
+
+def _least(group: HeadGroup, split: Split) -> np.ndarray:
+    """Tokens a row must have before its first ones leave the tail, [B]."""
+    least = np.zeros_like(group.tokens)
+    if group.tier is None and group.sealing is group.selector:  # all of a smaller budget stays where it is
+        least = split.total
+    if group.codec is not None:  # and there must be enough to fit a codec to
+        most = max(form.least for form in group.codec.forms())
+        least = np.maximum(least, split.sink + split.recent + most)
+    return least
 
 
 def _due(group: HeadGroup, split: Split, closing: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -117,15 +140,16 @@ def _due(group: HeadGroup, split: Split, closing: bool) -> tuple[np.ndarray, np.
     free = np.maximum(held - split.recent - sinks, 0)
     if group.open:  # a prompt in the roomy tier leaves the device as it comes; elsewhere all of it is dense until it ends
         early = group.tier is not None and group.evictor is None and not group.needs.products
-        early = early and not (group.codec is not None and any(form.one_fit for form in group.codec.forms()))
+        early = early and (group.codec is None or all(form.exact for form in group.codec.forms()))  # prompts are exact
         piece = _segment(group)
         body = free // piece * piece if early else none
     else:
         later = started & group.selector.fitted & (not closing)
-        step = np.where(later, split.block, lcm(max(group.selector.run, 1), group.grain))
+        coded = started & (group.codec is not None) & (not closing)
+        by_block = later | coded | isinstance(group.sealing, Everything)  # borders follow from the count of tokens alone
+        step = np.where(by_block, split.block, _step(group))
         ready = (free >= split.block) | closing
-        if group.tier is None:
-            ready &= started | (group.tokens >= split.total)
+        ready &= started | (group.tokens >= _least(group, split))
         body = np.where(ready, free // step * step, 0)
     return np.where(body > 0, sinks, 0), body
 
@@ -154,29 +178,37 @@ def _take_body(group: HeadGroup, sinks: np.ndarray, due: np.ndarray, split: Spli
     for rows in _alike(np.stack([due, fresh, split.block], 1), group.selector.requirements().token_ids):
         first = tail.starts[rows] + sinks[rows]
         limit = int(split.block[rows[0]])
-        block = _block(group, body, rows, first, int(due[rows[0]]), limit)
-        whole = group.selector.whole(block) // group.grain * group.grain
+        block = _block(group, body, rows, first, int(due[rows[0]]), limit, fresh=bool(fresh[rows[0]]))
+        whole = group.selector.whole(block)
+        whole = whole // group.grain * group.grain if group.selector.fitted else whole // _step(group) * _step(group)
         if not whole:
             continue
         pieces = whole
-        if group.selector.fitted or group.codec is not None:
-            pieces = _segment(group) if prompt or fresh[rows[0]] or not group.selector.fitted else limit
-        if group.codec is not None and any(form.one_fit for form in group.codec.forms()) and not group.selector.fitted:
-            pieces = whole
+        if not (prompt or fresh[rows[0]]):
+            pieces = limit if group.selector.fitted or group.codec is not None else whole
+        elif group.selector.fitted or body.store.lengths:  # a prompt is fitted to, and has segments, of bounded length
+            pieces = _segment(group)
         body.store.fit(rows, block.keys, block.values, block.positions)
         for start in range(0, whole, pieces):
             stop = min(whole, start + pieces)
-            part = _block(group, body, rows, first + start, stop - start, limit)
-            body.append(rows, part.keys, part.values, part.positions, group.selector.build(part))
+            part = _block(group, body, rows, first + start, stop - start, limit, fresh=block.fresh)
+            units = group.selector.build(part)
+            body.append(rows, part.keys, part.values, part.positions, units, part.fresh)
         went[rows] = whole
     if not body.counts.any():
         group.body = None
     return went
 
 
+def _step(group: HeadGroup) -> int:
+    """Tokens that make whole units and can be encoded."""
+    assert group.selector is not None
+    return lcm(max(group.selector.run, 1), group.grain)
+
+
 def _segment(group: HeadGroup) -> int:
     """Most prompt tokens that are taken into the body at once."""
-    return max(1, SEGMENT // group.grain) * group.grain
+    return max(1, SEGMENT // _step(group)) * _step(group)
 
 
 def _alike(kinds: np.ndarray, alone: bool) -> Iterator[np.ndarray]:
@@ -189,8 +221,10 @@ def _alike(kinds: np.ndarray, alone: bool) -> Iterator[np.ndarray]:
         yield rows[(kinds[rows] == kind).all(1)]
 
 
-def _block(group: HeadGroup, body: Indexed, rows: np.ndarray, first: np.ndarray, m: int, limit: int) -> Block:
-    """The m tail tokens from slot first[i] on of rows[i]."""
+def _block(
+    group: HeadGroup, body: Indexed, rows: np.ndarray, first: np.ndarray, m: int, limit: int, *, fresh: bool
+) -> Block:
+    """The m tail tokens from slot first[i] on of rows[i]; `fresh`: of prompts of which the body has had nothing."""
     assert group.tail is not None
     tail = group.tail
     if len(rows) == len(tail.starts) and (first == first[0]).all():
@@ -200,7 +234,7 @@ def _block(group: HeadGroup, body: Indexed, rows: np.ndarray, first: np.ndarray,
     at = group.tokens[rows] - tail.lengths[rows] + first - tail.starts[rows]
     begin = torch.from_numpy(at).to(tail.k.device).view(-1, 1, 1)
     positions = (begin + torch.arange(m, device=tail.k.device)).expand(-1, k.shape[1], -1)
-    return _describe(group, body, rows, (k, v, positions), at, limit)
+    return _describe(group, body, rows, (k, v, positions), at, limit, fresh)
 
 
 def _describe(
@@ -210,6 +244,7 @@ def _describe(
     part: tuple[Tensor, Tensor, Tensor],
     first: np.ndarray,
     limit: int,
+    fresh: bool,
 ) -> Block:
     """A block of keys, values and positions [R, H, m, ...] of the rows given, in spans from positions first [R] on."""
     k, v, positions = part
@@ -224,7 +259,7 @@ def _describe(
         found = group.token_ids(span)[:, 0]
         return found if index is None else found[index]
 
-    return Block(k, v, positions, first, heads, limit, fixed, ids, group.tokenizer)
+    return Block(k, v, positions, first, heads, limit, fixed, ids, group.tokenizer, fresh)
 
 
 def _body(group: HeadGroup, implicit: bool) -> Indexed:
@@ -253,5 +288,6 @@ def index_kept(group: HeadGroup) -> None:
         k, v, positions = (x.flatten(0, 1)[index][None] for x in (tiles.k, tiles.v, tiles.positions))
         rows = np.array([row])
         begin = 0 if group.sink is None else int(group.sink.counts[row, 0])
-        block = _describe(group, body, rows, (k, v, positions.long()), np.array([begin]), int(group.split.block[row]))
-        body.append(rows, k, v, positions, group.selector.build(block))
+        part = (k, v, positions.long())
+        block = _describe(group, body, rows, part, np.array([begin]), int(group.split.block[row]), fresh=True)
+        body.append(rows, *part, group.selector.build(block), fresh=True)

@@ -73,6 +73,8 @@ class Recipe:
             self._check_tier(self.tier)
         for codec in () if self.codec is None else self.codec.members():
             self._check_codec(codec)
+        if self.codec is not None and self.select is not None:
+            self._check_choice(self.codec, self.select)
         self._check_sizes()
 
     def _check_pair(self, evict: Evictor, select: Selector) -> None:
@@ -152,6 +154,17 @@ class Recipe:
             if budget < 2 * step:
                 remedy = f"{codec.name} seals {step} tokens at a time: give budget={2 * step} or more, or smaller groups"
                 raise RecipeError(select.name, "budget", budget, remedy)
+
+    def _check_choice(self, codec: Codec, select: Selector) -> None:
+        """What a codec says of more than one token must not contradict the selector."""
+        if codec.by_head and select.scope == "layer":
+            remedy = f"heads of a layer that {codec.name} keeps in unlike forms cannot share a list: give scope=kv_head"
+            raise RecipeError(select.name, "scope", select.scope, remedy)
+        if codec.recent != type(codec).recent:
+            remedy = (
+                f"the budget of {select.name} decides how many tokens stay dense: write '+ recent={codec.recent}' instead"
+            )
+            raise RecipeError(codec.name, "recent", codec.recent, remedy)
 
     def _check_sizes(self) -> None:
         written = [size for size in _SIZES if getattr(self, size) is not None]
@@ -272,7 +285,7 @@ def methods() -> list[dict[str, Any]]:
                 "name": name,
                 "role": method.role,
                 "paper": method.paper,
-                "lossy": not method.lossless_recall,
+                "lossy": not method.lossless_recall or (issubclass(method, Codec) and not method.exact),
                 "idea": method.idea(),
                 "parameters": parameters(method),
             }

@@ -65,14 +65,19 @@ class Rows:
         self.parts = {**self.parts, name: fresh}
         return fresh
 
-    def rewrite(self, row: int, first: int, name: str, x: Tensor) -> None:
-        """Replace a row's entries from `first` on by x [H, m, ...], in a buffer of its own: a snapshot may read the old."""
+    def rewrite(self, row: int, first: int, name: str, x: Tensor, fresh: set[str]) -> None:
+        """Replace a row's entries from `first` on by x [H, m, ...], in a buffer that is `fresh`, or becomes so: a snapshot
+        may read the old one."""
+        if name in fresh:
+            self.parts[name][row, :, first : first + x.shape[1]] = x
+            return
         with torch.inference_mode(False):
             old = self.parts[name]
-            fresh = host_empty(tuple(old.shape), old.dtype, self._device) if name in self.host else torch.empty_like(old)
-            fresh.copy_(old)
-            fresh[row, :, first : first + x.shape[1]] = x
-        self.parts = {**self.parts, name: fresh}
+            copy = host_empty(tuple(old.shape), old.dtype, self._device) if name in self.host else torch.empty_like(old)
+            copy.copy_(old)
+            copy[row, :, first : first + x.shape[1]] = x
+        self.parts = {**self.parts, name: copy}
+        fresh.add(name)
 
     def shorten(self, row: int, n: int) -> None:
         """Forget a row's newest n entries."""
@@ -93,7 +98,7 @@ class Rows:
                     moved[name] = host_empty((len(chosen), *x.shape[1:]), x.dtype, self._device)
                     moved[name].copy_(x.index_select(0, rows.cpu()))
                 else:
-                    moved[name] = x.index_select(0, rows)
+                    moved[name] = x.index_select(0, rows.to(x.device))
         self.parts, self.counts = moved, self.counts[chosen]
 
     def snapshot(self) -> Rows:

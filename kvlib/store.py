@@ -57,6 +57,7 @@ class Store:
         #: Lengths of each row's segments, and where they end, [B, S] on the device.
         self.lengths: dict[int, list[tuple[int, ...]]] = {span: [()] * batch for span in spans & {SEGMENT, MERGED}}
         self.ends: dict[int, Tensor] = {}
+        self.borders: dict[int, np.ndarray] = {}  # the same on the host
 
     def _sides(self) -> Iterator[tuple[str, Form]]:
         yield from zip("kv", self.forms, strict=True)
@@ -83,8 +84,8 @@ class Store:
                     fresh[index] = found
                 self.fixed = {**self.fixed, name: fresh}
 
-    def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor) -> None:
-        """Add a block [R, H, m, d], whole grains, at positions [R, H, m] to the rows given [R]."""
+    def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor, fresh: bool = True) -> None:
+        """Add a block [R, H, m, d], whole grains, at positions [R, H, m] to the rows given [R]; `fresh`: of their prompts."""
         m = k.shape[2]
         self.fit(rows, k, v, position)
         first = torch.from_numpy(self.counts[rows]).to(k.device)
@@ -92,7 +93,7 @@ class Store:
         by_span: dict[int, dict[str, Tensor]] = {span: {} for span in self.rows}
         for (side, form), x in zip(self._sides(), (k, v), strict=True):
             fixed = {name: found.index_select(0, index).to(x.device) for name, found in self._of(side, self.fixed).items()}
-            for name, part in form.encode(Tokens(x, position, self.rotary, fixed, first)).items():
+            for name, part in form.encode(Tokens(x, position, self.rotary, fixed, first, fresh)).items():
                 by_span[form.spans[name]][f"{side}.{name}"] = part
             if side in self.pages:
                 self._write(side, form, rows, x)
@@ -102,10 +103,11 @@ class Store:
         self.counts[rows] += m
         for span in self.lengths:
             self.lengths[span] = [*self.lengths[span]]
+            own: set[str] = set()
             for row in rows.tolist():
                 self.lengths[span][row] += (m,)
                 if span == MERGED:
-                    self._merge(row)
+                    self._merge(row, own)
             self._mark_ends(span)
 
     def _write(self, side: str, form: Form, rows: np.ndarray, x: Tensor) -> None:
@@ -131,26 +133,27 @@ class Store:
                 own[:, i * form.grain : (i + 1) * form.grain] = page
         return x
 
-    def _merge(self, row: int) -> None:
-        """Make one segment of a row's newest `ALIKE` that are equally long, as often as there are."""
+    def _merge(self, row: int, fresh: set[str]) -> None:
+        """Make one segment of a row's newest `ALIKE` that are equally long, as often as there are; `fresh` are the buffers that
+        no snapshot reads."""
         lengths = self.lengths[MERGED][row]
         while len(lengths) >= ALIKE and len({*lengths[-ALIKE:]}) == 1 and ALIKE * lengths[-1] <= LONGEST:
             total, first = ALIKE * lengths[-1], len(lengths) - ALIKE
             stop = int(self.counts[row])
             for side, form in self._sides():
-                names = [name for name, span in form.spans.items() if span == MERGED]
-                if not names:
+                if MERGED not in form.spans.values():
                     continue
-                parts = self.rows[MERGED].parts
-                merged = {name: parts[f"{side}.{name}"][row : row + 1, :, first : len(lengths)] for name in names}
-                tokens = {
-                    name: self.own[f"{side}.{name}"][row : row + 1, :, stop - total : stop].to(self.device)
-                    for name, span in form.spans.items()
-                    if span == 1
-                }
-                for name, part in form.merge(merged, tokens).items():
-                    at = first if name in names else stop - total
-                    self.rows[form.spans[name]].rewrite(row, at, f"{side}.{name}", part[0])
+
+                def cut(name: str, span: int, side: str = side) -> Tensor:
+                    x = self.rows[span].parts[f"{side}.{name}"][row : row + 1]
+                    return (
+                        x[:, :, first : len(lengths)] if span == MERGED else x[:, :, (stop - total) // span : stop // span]
+                    )
+
+                parts = {name: cut(name, span) for name, span in form.spans.items() if span > 0 or span == MERGED}
+                for name, part in form.merge(parts).items():
+                    span, key = form.spans[name], f"{side}.{name}"
+                    self.rows[span].rewrite(row, first if span == MERGED else (stop - total) // span, key, part[0], fresh)
             self.rows[MERGED].shorten(row, ALIKE - 1)
             lengths = (*lengths[:first], total)
             self.lengths[MERGED][row] = lengths
@@ -161,6 +164,7 @@ class Store:
         ends = np.full((len(self.lengths[span]), most), np.iinfo(np.int32).max, dtype=np.int32)
         for row, lengths in enumerate(self.lengths[span]):
             ends[row, : len(lengths)] = np.cumsum(lengths)
+        self.borders = {**self.borders, span: ends}
         with torch.inference_mode(False):
             self.ends = {**self.ends, span: torch.from_numpy(ends).to(self.device)}
 
@@ -191,13 +195,12 @@ class Store:
 
     def _only(self, span: int, lo: int, hi: int) -> int | None:
         """The one segment in which slots lo .. hi - 1 lie in all rows that have them, None if there is none."""
-        found = set()
-        for lengths in self.lengths.get(span, ()):
-            ends = np.cumsum(lengths)
-            if len(ends) and ends[-1] > lo:
-                first, last = np.searchsorted(ends, (lo, min(hi, ends[-1]) - 1), side="right")
-                found |= {int(first), int(last)}
-        return found.pop() if len(found) == 1 else None
+        if span not in self.borders:
+            return None
+        ends, counts = self.borders[span], self.counts
+        first = (ends <= lo).sum(1)[counts > lo]
+        last = (ends < np.minimum(hi, counts)[:, None]).sum(1)[counts > lo]
+        return int(first[0]) if len(first) and (first == first[0]).all() and (last == first[0]).all() else None
 
     def take(self, side: str, ids: Tensor, position: _Position, brought: Mapping[str, Tensor] | None = None) -> Stored:
         """Keys ("k") or values ("v") in the slots ids [B, H', m]: one list may serve all heads (H' = 1), and the query
@@ -231,8 +234,9 @@ class Store:
         ends = self.ends[span]
         if ends.shape[1] == 1:
             return torch.zeros_like(places)
-        before = places.unsqueeze(-1) >= ends[:, :-1].view(len(ends), 1, 1, -1)  # past a row's end: any segment will do
-        return before.sum(-1)
+        wide = places.expand(len(ends), -1, -1).int().contiguous()
+        found = torch.searchsorted(ends.unsqueeze(1).expand(-1, wide.shape[1], -1).contiguous(), wide, right=True)
+        return found.clamp_(max=ends.shape[1] - 1)  # past a row's end: any segment will do
 
     def _of(self, side: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name[2:]: x for name, x in found.items() if name.startswith(side + ".")}
@@ -254,8 +258,10 @@ class Store:
         self.counts = self.counts[chosen]
         self.sizes = {side: [sizes[row] for row in chosen] for side, sizes in self.sizes.items()}
         with torch.inference_mode(False):
-            self.fixed = {name: x.index_select(0, rows) for name, x in self.fixed.items()}
-            self.ends = {span: x.index_select(0, rows) for span, x in self.ends.items()}
+            there = rows.to(self.device)
+            self.fixed = {name: x.index_select(0, there) for name, x in self.fixed.items()}
+            self.ends = {span: x.index_select(0, there) for span, x in self.ends.items()}
+        self.borders = {span: ends[chosen] for span, ends in self.borders.items()}
         self.lengths = {span: [lengths[row] for row in chosen] for span, lengths in self.lengths.items()}
         self._fitted = self._fitted[chosen]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kvlib.group import HeadGroup
 from kvlib.indexed import Indexed
-from kvlib.policies.encoding import PATCH
+from kvlib.policies.encoding import MERGED, PATCH, SEGMENT, Form
 from kvlib.recipe import Recipe
+from kvlib.store import Store
 
 PROMPT, STEPS, PAD = 96, 24, 17
 CLOSE = 1e-5  # relative, fp32
@@ -178,7 +179,7 @@ def _ample(recipe: Recipe) -> Recipe:
     ample: dict[str, Any] = {"recent": None, "block": None}
     for role in ("heads", "evict", "select", "codec"):
         method = getattr(recipe, role)
-        if method is not None:
+        if method is not None and not (role == "codec" and recipe.select is not None):
             fields = {field.name for field in dataclasses.fields(method)}
             sizes = {
                 name: 8 * PROMPT if name == "budget" else 4 * PROMPT for name in ("budget", "recent") if name in fields
@@ -273,15 +274,23 @@ def _formula(group: HeadGroup, dense: int) -> int:
             pairs = zip(body.coding.forms, (tail.k, tail.v), strict=True)
             own = sum(form.bytes_per_token(x.shape[3], 0, size) for form, x in pairs)
         return held * dense + (0 if body is None else round(int(body.counts.sum()) * own))
-    total = float(sum(size for sizes in body.store.sizes.values() for row in sizes for size in row))
-    for form, x in zip(body.store.forms, (tail.k, tail.v), strict=True):
-        if form.paged:
-            continue
-        segments = next(iter(body.store.lengths.values()), [(int(count),) for count in body.counts])
-        for n in (length for row in segments for length in row):
-            total += n * (heads if form.scope == "head" else 1) * form.bytes_per_token(x.shape[3], n, size)
-    exact = body.store.rows.get(PATCH)
+    store = body.store
+    total = float(sum(size for sizes in store.sizes.values() for row in sizes for size in row))
+    for form, x in zip(store.forms, (tail.k, tail.v), strict=True):
+        if not form.paged:
+            total += _coded_bytes(form, x.shape[3], size, store) * (heads if form.scope == "head" else 1)
+    exact = store.rows.get(PATCH)
     return held * dense + round(total) + (sum(exact.used(name) for name in exact.parts) if exact else 0)
+
+
+def _coded_bytes(form: Form, d: int, size: int, store: Store) -> float:
+    """Bytes of one head's tokens by the formula, in segments that may have been merged since."""
+    plain = form.bytes_per_token(d, 0, size)
+    total = float(store.counts.sum()) * plain
+    for span, name in ((SEGMENT, "n"), (MERGED, "merged")):
+        for length in (n for row in store.lengths.get(span, ()) for n in row):
+            total += length * (form.bytes_per_token(d, itemsize=size, **{name: length}) - plain)
+    return total
 
 
 def _check_slack(group: Any) -> None:

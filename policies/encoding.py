@@ -29,14 +29,15 @@ FEW = 32  # query rows that read codes as they are; for more, as in a prompt, th
 @dataclass(frozen=True)
 class Tokens:
     """Tokens [R, H, m, d] about to be encoded, keys or values, with their positions [R, H, m]; `rotary` is the model's
-    rotary embedding, where the form asked for it, `fixed` what `Form.fit` found for these rows, and first [R] the slot of
-    the first token."""
+    rotary embedding, where the form asked for it, `fixed` what `Form.fit` found for these rows, first [R] the slot of the
+    first token, and `fresh` says that they are of a prompt."""
 
     x: Tensor
     positions: Tensor
     rotary: Rotary | None
     fixed: Mapping[str, Tensor]
     first: Tensor
+    fresh: bool = True
 
 
 class Stored:
@@ -103,7 +104,6 @@ class Form(ABC):
     scope: ClassVar[str] = "head"
     read_granularity: ClassVar[int] = 1
     exact: ClassVar[bool] = False  # whether what is read is what was stored, bit for bit
-    one_fit: ClassVar[bool] = False  # whether it is fitted to the prompt as a whole
     paged: ClassVar[bool] = False  # whether grains are kept as bytes of any length, in host memory
     needs_rotary: ClassVar[bool] = False
     cold: ClassVar[bool] = False  # whether reading is so slow that it only suits the host tier
@@ -121,6 +121,11 @@ class Form(ABC):
     @property
     def evict_granularity(self) -> int:
         """Tokens that can only be given up together."""
+        return self.grain
+
+    @property
+    def least(self) -> int:
+        """Tokens that a row's first block must have."""
         return self.grain
 
     @property
@@ -169,9 +174,9 @@ class Form(ABC):
         """Stored values under weights p [B, Hq, n, m], [B, Hq, n, d] fp32, before `epilogue`."""
         return grouped(p, self.decode(stored))
 
-    def merge(self, merged: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Several alike segments as one: their `MERGED` parts [1, H, S, ...] and per-token parts [1, H, m, ...]; returns
-        the parts that change, the first with one entry."""
+    def merge(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Several alike segments as one: their parts [1, H, m / span, ...], and [1, H, S, ...] of those that are `MERGED`;
+        returns the parts that change, the latter with one entry."""
         raise NotImplementedError
 
     def to_bytes(self, x: Tensor) -> Tensor:
@@ -187,9 +192,9 @@ class Form(ABC):
         return self
 
     @abstractmethod
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
-        """The card's formula: bytes for a token of one KV head that was encoded with n others' in a segment (0: very many),
-        with model values of `itemsize` bytes."""
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
+        """The card's formula: bytes for a token of one KV head in a segment of n tokens, and where segments are merged of
+        `merged` (0: very many), with model values of `itemsize` bytes."""
 
 
 def grouped(a: Tensor, b: Tensor) -> Tensor:
@@ -219,7 +224,7 @@ class Dense(Form):
         """As they were."""
         return stored.parts["x"]
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """d values."""
         return d * itemsize
 
@@ -236,15 +241,40 @@ def attend(
     softcap: float | None = None,
 ) -> Partial:
     """Attention of q [B, Hq, n, d] over stored tokens, keys and values each in a form of its own."""
+    read = prepared(forms, q, stored[0])
+    return finished(forms, attend_prepared(forms, read, stored, scale, visible, softcap), stored[1])
+
+
+def prepared(forms: tuple[Form, Form], q: Tensor, k: Stored) -> Tensor:
+    """A query as stored keys meet it: once, however many pieces are read."""
+    return q if _exact(forms) else forms[0].prologue(q.float(), k)
+
+
+def finished(forms: tuple[Form, Form], part: Partial, v: Stored) -> Partial:
+    """The output of all pieces as the model expects it."""
+    return part if _exact(forms) else Partial(forms[1].epilogue(part.out, v), part.lse)
+
+
+def _exact(forms: tuple[Form, Form]) -> bool:
+    return forms[0].exact and forms[1].exact
+
+
+def attend_prepared(
+    forms: tuple[Form, Form],
+    q: Tensor,
+    stored: tuple[Stored, Stored],
+    scale: float,
+    visible: Visible = EVERYTHING,
+    softcap: float | None = None,
+) -> Partial:
+    """`attend` between `prepared` and `finished`: what is to be done for each piece."""
     (key, value), (k, v) = forms, stored
-    if key.exact and value.exact:
+    if _exact(forms):
         return attention(q, key.decode(k), value.decode(v), scale, visible, softcap)
-    q = key.prologue(q.float(), k)
     if q.shape[2] > FEW:
-        part = attention(q, key.decode(k).float(), value.decode(v).float(), scale, visible, softcap)
-        return Partial(value.epilogue(part.out, v), part.lse)
+        return attention(q, key.decode(k).float(), value.decode(v).float(), scale, visible, softcap)
     p, lse = attend_scores(key.scores(q, k).mul_(scale), visible, softcap, k.heads)
-    return Partial(value.epilogue(value.weighted_sum(p, v), v), lse)
+    return Partial(value.weighted_sum(p, v), lse)
 
 
 @dataclass(frozen=True)
@@ -254,6 +284,7 @@ class Codec(Method):
     recent: newest tokens that are always dense where no selector decides.
     """
 
+    exact: ClassVar[bool] = False  # whether what is read is what was stored, bit for bit
     role: ClassVar[str] = "codec"
     lossless_recall: ClassVar[bool] = True  # every token can be read later, if not to the bit
 
@@ -286,6 +317,11 @@ class Codec(Method):
     def at(self, layer: int, head: int, layers: int) -> Codec | None:
         """The codec of one KV head of one of a model's layers; None: dense."""
         return self
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads of a layer may differ."""
+        return False
 
     def members(self) -> tuple[Codec, ...]:
         """Every codec that some layer or head may have."""

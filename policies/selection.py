@@ -42,7 +42,7 @@ class Block:
     first [R] are the positions where the span begins in which they lie (evictors leave gaps); heads [H] are the KV heads'
     places in the model, layer * kv_heads + head; limit is the most tokens that may wait for a unit to be whole; fixed holds
     what `Selector.calibrate` found for these rows; `ids(start, stop)` fetches the ids [R, stop - start] of a span of
-    positions where the method asked for token ids, and tokenizer reads them.
+    positions where the method asked for token ids, and tokenizer reads them; fresh says that it is the prompt's.
     """
 
     keys: Tensor
@@ -54,6 +54,7 @@ class Block:
     fixed: dict[str, Tensor]
     ids: Callable[[int, int], Tensor]
     tokenizer: Any = None
+    fresh: bool = True
 
 
 @dataclass(frozen=True)

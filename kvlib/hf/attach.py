@@ -19,6 +19,7 @@ class Attachment:
     previous: str
     hook: Any = None
     generate: bool = False
+    rotary: Any = None  # its rotary embedding, once a codec has asked for it
     drafts: Any = None  # the hook that counts drafts for caches under assisted decoding
 
 

@@ -18,6 +18,7 @@ from kvlib.group import HeadGroup
 from kvlib.hf.attach import attach, attached, text_config
 from kvlib.hf.layer import CacheLayer
 from kvlib.hf.rope import rotary_of
+from kvlib.kernels.rotary import Rotary
 from kvlib.layer import Layer, NewTokens
 from kvlib.model import ModelSpec
 from kvlib.offload.account import PARTS, TIERS, allocated
@@ -25,6 +26,7 @@ from kvlib.offload.resident import Traffic
 from kvlib.policies.base import RecipeError, Sizes
 from kvlib.policies.encoding import Codec
 from kvlib.policies.heads.table import HeadTable
+from kvlib.policies.selection import Everything
 from kvlib.recipe import Recipe
 from kvlib.report import report
 from kvlib.token_ids import TokenIds
@@ -62,12 +64,10 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             )
         if self.recipe.select is not None:
             self.recipe.select.fit((self.spec.layers, self.spec.kv_heads, self.spec.head_dim), tokenizer)
-        self._rotary = None
         if self.recipe.codec is not None:
             self.recipe.codec.fit(self.spec.layers, self.spec.kv_heads, self.spec.head_dim)
-            if any(form.needs_rotary for codec in self.recipe.codec.members() for form in codec.forms()):
-                self._rotary = rotary_of(model)
         self.table = self._head_table(model)
+        self._rotary = self._rotary_of(model)
         attach(model, None if self.token_ids is None else _take_ids)
         self.managed_layers = np.array(managed)
         streaming = np.zeros((self.spec.layers, self.spec.kv_heads), dtype=bool)
@@ -80,6 +80,17 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         ]
         super().__init__(layers=layers)
         self._set_layers(layers)
+
+    def _rotary_of(self, model: PreTrainedModel) -> Rotary | None:
+        """The model's rotary embedding, where a codec needs it; found once per attached model."""
+        codecs = () if self.recipe.codec is None else self.recipe.codec.members()
+        if not any(form.needs_rotary for codec in codecs for form in codec.forms()):
+            return None
+        state = attached.get(model)
+        known: Rotary = rotary_of(model) if state is None or state.rotary is None else state.rotary
+        if state is not None:
+            state.rotary = known
+        return known
 
     def _head_table(self, model: PreTrainedModel) -> HeadTable | None:
         if self.recipe.heads is None:
@@ -146,6 +157,15 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         """Declare the prompt complete: one-shot methods evict now instead of at the first one-token query."""
         for layer in self.managed:
             layer.store.finish_prefill()
+
+    def verify_as(self, exact: Recipe) -> None:
+        """Let tokens leave the tail as under `exact`, a recipe without this one's selector; before the first token."""
+        if exact.codec is None:  # what is where does not change what is read
+            return
+        for layer in self.managed:
+            for group in layer.store.groups:
+                if group.codec is not None and group.selector is not None:
+                    group.sealing = Everything(recent=exact.codec.recent)
 
     def read_as_draft(self, draft: bool, cheap: bool) -> None:
         """From now on read as drafts are made: what the selector chooses, and with `cheap` the codec's fewer bytes; or, not

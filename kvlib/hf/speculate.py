@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvlib.drafts import LONGEST
 from kvlib.hf.cache import Cache
 from kvlib.hf.prompt import own_positions
 from kvlib.policies.base import RecipeError, check_whole
+from kvlib.policies.encoding import Codec
+from kvlib.policies.selection import Selector
 from kvlib.recipe import Recipe
 
 
@@ -41,19 +44,36 @@ def drafting(exact: Recipe, draft: Recipe) -> tuple[Recipe, bool]:
     if exact.select is not None:
         remedy = "drafts are verified by reading everything: give the selector to draft_recipe only"
         raise RecipeError(exact.select.name, None, None, remedy)
+    codec = exact.codec
     for role in ("heads", "evict", "tier"):
         mine, its = getattr(exact, role), getattr(draft, role)
         if its not in (None, mine):
             raise RecipeError("draft_recipe", role, its, f"drafts read the cache of {exact}: leave it out")
-    cheap = exact.codec is not None and exact.codec.draft() != exact.codec and draft.codec == exact.codec.draft()
-    if not cheap and draft.codec not in (None, exact.codec):
-        remedy = f"drafts read the cache of {exact}: leave it out, or draft hierarchical(planes=1) from hierarchical"
-        raise RecipeError("draft_recipe", "codec", draft.codec, remedy)
+    cheap = codec is not None and codec.draft() != codec and draft.codec in (codec.draft(), type(codec)().draft())
+    if not cheap and draft.codec not in (None, codec):
+        other = f", or write {codec.draft()}" if codec is not None and codec.draft() != codec else ""
+        raise RecipeError("draft_recipe", "codec", draft.codec, f"drafts read the cache of {exact}: leave it out{other}")
+    if codec is not None and draft.select is not None:
+        _check_borders(codec, draft.select, exact.block or 64)
     if draft.select is None and not cheap:
         remedy = "it reads as much as the exact recipe: give a selector with a small budget, or hierarchical(planes=1)"
         raise RecipeError("draft_recipe", None, draft, remedy)
+    if codec is not None:  # `Cache.verify_as` knows how many tokens stay dense
+        usual = replace(codec, recent=type(codec).recent)
+        return replace(exact, select=draft.select, codec=usual), cheap
     sizes = {size: getattr(draft, size) for size in ("sink", "recent", "block") if getattr(draft, size) is not None}
     return replace(exact, select=draft.select, **sizes), cheap
+
+
+def _check_borders(codec: Codec, select: Selector, block: int) -> None:
+    """Raise RecipeError where a draft's units would change what is encoded together."""
+    block = -(-block // codec.grain) * codec.grain
+    if select.run and block % select.run:
+        remedy = f"{codec.name} seals {block} tokens at a time: give units that divide it"
+        raise RecipeError(select.name, None, None, remedy)
+    if not select.run and not all(form.alone for form in codec.forms()):
+        remedy = f"its units put tokens in another order than the one in which {codec.name} encodes them: use quest"
+        raise RecipeError(select.name, None, None, remedy)
 
 
 @torch.no_grad()
@@ -71,6 +91,7 @@ def generate_speculative(
     inputs: ids [B, n], or a tokenizer's output with `input_ids` and `attention_mask`.
     draft_recipe: a selector with a small budget ("quest(budget=256)"), "hierarchical(planes=1)" where recipe is
         "hierarchical", or both.  What drafts write is taken back; verified tokens are written by the exact reading.
+    recipe: what is verified; it selects nothing.  Under a codec its own `recent` newest tokens are read by drafts too.
     Rows end at the model's `eos_token_id` and are padded from there; rows of a batch advance together, by the least that
     one of them accepts.
 
@@ -78,14 +99,17 @@ def generate_speculative(
     Sources: arXiv 2502.10424 (QuantSpec), arXiv 2302.01318 for the round of drafting and verifying.
     """
     check_whole("generate_speculative", "gamma", gamma, 1)
+    if gamma >= LONGEST:
+        raise RecipeError("generate_speculative", "gamma", gamma, f"at most {LONGEST - 1} tokens can be taken back")
     check_whole("generate_speculative", "max_new_tokens", max_new_tokens, 1)
     exact, draft = Recipe.parse(recipe), Recipe.parse(draft_recipe)
     combined, cheap = drafting(exact, draft)
     ids, mask = (inputs, None) if isinstance(inputs, Tensor) else (inputs["input_ids"], inputs.get("attention_mask"))
     if ids.dim() != 2 or not ids.numel():
         raise ValueError(f"inputs have the shape {tuple(ids.shape)}: give ids [B, n] with at least one token")
-    run = _Run(model, Cache(model, combined, tokenizer), ids, mask, cheap)
-    return run.generate(gamma, max_new_tokens)
+    cache = Cache(model, combined, tokenizer)
+    cache.verify_as(exact)
+    return _Run(model, cache, ids, mask, cheap).generate(gamma, max_new_tokens)
 
 
 class _Run:
@@ -113,12 +137,13 @@ class _Run:
             drafts = self._draft(out[:, -1:], room) if room else out[:, :0]
             found = self._step(torch.cat([out[:, -1:], drafts], 1), keep=room + 1)
             right = (found[:, :-1] == drafts) | done[:, None]
-            agreed = int(right.cumprod(1).sum(1).min()) if room else 0
+            over = done[:, None] | (torch.isin(found, self.ends).cumsum(1) > 0)  # rows that have ended by a column
+            last = int((~over.all(0)).sum())  # the column in which the last of them does
+            agreed = min(int(right.cumprod(1).sum(1).min()) if room else 0, last)
             self._take_back(room - agreed)
-            new = found[:, : agreed + 1]
-            ended = done[:, None] | (torch.isin(new, self.ends).cumsum(1) - torch.isin(new, self.ends).long() > 0)
-            out = torch.cat([out, new.masked_fill(ended, self.pad)], 1)
-            done = done | torch.isin(new, self.ends).any(1)
+            ended = torch.cat([done[:, None], over[:, :agreed]], 1)
+            out = torch.cat([out, found[:, : agreed + 1].masked_fill(ended, self.pad)], 1)
+            done = over[:, agreed]
             drafted, accepted, rounds = drafted + room, accepted + agreed, rounds + 1
         self.cache.crop(0)
         return Speculation(torch.cat([self.ids, out], 1), drafted, accepted, rounds, self.cache)

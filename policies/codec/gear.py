@@ -36,6 +36,11 @@ class Corrected(Form):
         outliers = {"error": self.page or 1, "place": self.page or 1} if self.s else {}
         return {**self.base.spans, "a": 1, "b": MERGED, **outliers}
 
+    @property
+    def moving(self) -> frozenset[str]:
+        """All of a single token but the factors, which merging rewrites."""
+        return super().moving - {"a"}
+
     def check(self, name: str, d: int) -> None:
         """As the base; places fit a byte."""
         self.base.check(name, d)
@@ -55,7 +60,9 @@ class Corrected(Form):
             parts = self.base.quantise(x)
             return parts | self._factors(x - self.base.decode(_as_stored(parts, x)))
         vectors, ends = self._vectors(x), self.ends(x.shape[3])
-        place = torch.cat([vectors.topk(ends, 3, largest).indices for largest in (False, True)], 3)
+        low = vectors.topk(ends, 3, largest=False).indices
+        high = vectors.scatter(3, low, float("-inf")).topk(ends, 3).indices  # an entry is one or the other
+        place = torch.cat([low, high], 3)
         mean = vectors.mean(3, keepdim=True)
         parts = self.base.quantise(self._tokens(vectors.scatter(3, place, mean.expand(place.shape))))
         coded = self.base.decode(_as_stored(parts, x))
@@ -117,15 +124,22 @@ class Corrected(Form):
         pa = grouped(p, self._apart(stored))
         return grouped(p, self.coarse(stored)) + grouped(pa, self._rows(stored))
 
-    def merge(self, merged: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The low-rank terms of several segments as one of the same rank."""
-        a, b = tokens["a"].float(), merged["b"].float()
-        pieces = folded(a, 2, a.shape[2] // b.shape[2]) @ b.mT
-        return self._factors(pieces.flatten(2, 3))
+    def merge(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The low-rank terms of several segments as one of the same rank; outliers stay exact."""
+        a, b = parts["a"].float(), parts["b"].float()
+        before = (folded(a, 2, a.shape[2] // b.shape[2]) @ b.mT).flatten(2, 3)
+        found = self._factors(before)
+        if not self.s:
+            return found
+        change = before - found["a"].float() @ found["b"].squeeze(2).float().mT
+        place = parts["place"].long() if self.page else parts["place"].long().unsqueeze(4)
+        shift = self._vectors(change).gather(3, place)
+        error = parts["error"].float() + (shift if self.page else shift.squeeze(4))
+        return found | {"error": error.half()}
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
-        """Codes and ranges, 2 r (1 + d / n), and 3 bytes per outlier."""
-        factors = 2 * self.rank * (1 + (d / n if n else 0.0))
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
+        """Codes and ranges, 2 r (1 + d / n) in merged segments of n, and 3 bytes per outlier."""
+        factors = 2 * self.rank * (1 + (d / merged if merged else 0.0))
         outliers = 2 * self.ends(d) * 3 * (d / self.page if self.page else 1)
         return self.base.bytes_per_token(d, n) + factors + outliers
 

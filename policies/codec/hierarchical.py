@@ -53,7 +53,7 @@ class Planes(Uniform):
             return self._levels(upper, found)
         return self._levels((upper << 4) | unpack(stored.parts["lower"], 4), stored.parts["range"])
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """Half a byte per plane and channel, and 4 bytes per group."""
         return super().bytes_per_token(d, n) - (2 - self.read) * d / 2
 

@@ -85,6 +85,10 @@ class KV(Codec):
         method = method_of(text)
         if not isinstance(method, Codec) or isinstance(method, KV):
             raise RecipeError(self.name, argument, text, 'give a codec, such as "kivi(bits=2)", or "full"')
+        if method.recent != type(method).recent:
+            raise RecipeError(self.name, argument, text, f"write kv(..., recent={method.recent}) instead: it holds for all")
+        if argument == "v" and method.values() is DENSE:
+            raise RecipeError(self.name, argument, text, f'{method.name} leaves values as they are: give "full"')
         return method
 
     @cached_property
@@ -98,9 +102,23 @@ class KV(Codec):
                 remedy = 'write "layers: codec; layers: codec", as in "0-1, -1: full; 5.2: kv8"'
                 raise RecipeError(self.name, "where", clause, remedy)
             ends = [(int(m[1]), int(m[2] or m[1]), None if m[3] is None else int(m[3])) for m in spans if m]
+            for first, last, _ in ends:
+                if 0 <= last < first or first < 0 < last:
+                    raise RecipeError(self.name, "where", clause, "a range goes from a lower to a higher layer, as in 0-3")
             codec = self._codec("where", text.strip())
             found.append((ends, codec and replace(codec, recent=self.recent)))
         return found
+
+    def draft(self) -> Codec:
+        """Keys and values as their codecs' drafts."""
+        codecs = [self._codec(side, text) for side, text in (("k", self.k), ("v", self.v or self.k))]
+        k, v = ("full" if codec is None else str(codec.draft()) for codec in codecs)
+        return self if (k, v) == (self.k, self.v or self.k) else replace(self, k=k, v=v)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether an exception names a head."""
+        return any(head is not None for places, _ in self._exceptions for _, _, head in places)
 
     def members(self) -> tuple[Codec, ...]:
         """Itself and the exceptions."""

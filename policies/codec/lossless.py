@@ -55,7 +55,7 @@ class Pages(Form):
         """As it was."""
         return stored.parts["x"]
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """What 2.6 bits for an exponent make of it; the data decide."""
         return d * (itemsize - 1 + 2.6 / 8)
 
@@ -72,6 +72,7 @@ class Lossless(Codec):
 
     name: ClassVar[str] = "lossless"
     paper: ClassVar[str] = "2504.11651"
+    exact: ClassVar[bool] = True
 
     page: int = 64
 

@@ -49,12 +49,12 @@ class Pruned(Form):
         """The tokens [B, H, m, d] with zeros where nothing was kept, in the model's type."""
         mask, kept = unpack(stored.parts["bitmap"], 1), stored.parts["kept"]
         k, vectors = kept.shape[-1], mask[..., 0].numel()
-        place = mask.int().cumsum(-1, dtype=torch.int32)
+        place = mask.int().cumsum(-1, dtype=torch.int32).clamp_(min=1)  # never another vector's
         place += torch.arange(vectors, dtype=torch.int32, device=mask.device).view(*mask.shape[:-1], 1) * k - 1
-        spread = kept.flatten().index_select(0, place.clamp_(min=0).flatten())
+        spread = kept.flatten().index_select(0, place.flatten())
         return spread.view(mask.shape).mul_(mask)
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """A bit per channel and the entries that stay."""
         return d / 8 + self.k(d) * itemsize
 

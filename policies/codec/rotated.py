@@ -81,7 +81,7 @@ class LloydMax(Form):
         """Rotated back."""
         return rotate_back(out)
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """Codes and an fp16 norm."""
         return d * self.bits / 8 + 2
 

@@ -42,7 +42,6 @@ class LowRankKeys(Form):
     """
 
     scope: ClassVar[str] = "group"
-    one_fit: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
 
     rank: int
@@ -63,6 +62,11 @@ class LowRankKeys(Form):
     def moving(self) -> frozenset[str]:
         """Keys stay on the device."""
         return frozenset()
+
+    @property
+    def least(self) -> int:
+        """Twice the rank: rows fitted to fewer tokens would not span those to come."""
+        return 2 * self.rank
 
     @property
     def fitted(self) -> bool:
@@ -86,7 +90,7 @@ class LowRankKeys(Form):
         """Coefficients [R, 1, m, r], and the keys [R, H, O * chunk, d] of outlying chunks with their slots."""
         x, basis = tokens.x, tokens.fixed["basis"].float()
         u = (self._bare(tokens) @ basis.mT).sum(1, keepdim=True)
-        worst = outlying(x, self.chunk, self.outliers)
+        worst = outlying(x, self.chunk, self.outliers if tokens.fresh else 0)
         place = (worst.unsqueeze(-1) * self.chunk + torch.arange(self.chunk, device=x.device)).flatten(2)
         exact = x.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
         slot = place + tokens.first.view(-1, 1, 1) + 1
@@ -106,7 +110,7 @@ class LowRankKeys(Form):
         hit = known.gather(-1, at) == wanted
         return torch.where(hit.unsqueeze(-1), exact.gather(2, at.unsqueeze(-1).expand_as(x)).float(), x)
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """A row of coefficients, for all heads."""
         return self.rank * itemsize
 
@@ -157,7 +161,7 @@ class Landmarks(Selector):
 
     The selection of ShadowKV, arXiv 2410.21465: a chunk counts as much as to the query head that wants it most.
     chunk:    tokens of a chunk.
-    outliers: chunks of a prompt that are always read, at most an eighth of its chunks; they are part of the budget.
+    outliers: chunks of a prompt that are always read, at most an eighth of its chunks and a quarter of the budget.
     """
 
     name: ClassVar[str] = "landmarks"
@@ -172,8 +176,10 @@ class Landmarks(Selector):
         check_whole(self.name, "chunk", self.chunk, 1)
         check_whole(self.name, "outliers", self.outliers)
         super().__post_init__()
-        if self.scope == "query_head":
-            raise RecipeError(self.name, "scope", self.scope, "give kv_head or layer")
+        if self.scope != "kv_head":
+            raise RecipeError(
+                self.name, "scope", self.scope, "each KV head has chunks of its own that stand out: leave it out"
+            )
 
     @property
     def run(self) -> int:
@@ -184,18 +190,22 @@ class Landmarks(Selector):
         """Mean keys [R, H, U, d], and which chunks stand out."""
         keys = block.keys
         mean = folded(keys.float(), 2, self.chunk).mean(3)
-        worst = outlying(keys, self.chunk, self.outliers)
+        worst = outlying(keys, self.chunk, self._most(mean.shape[2]) if block.fresh else 0)
         always = torch.zeros(mean.shape[:3], dtype=torch.bool, device=keys.device).scatter_(2, worst, True)
         return Units({"landmark": mean.to(keys.dtype), "always": always})
+
+    def _most(self, chunks: int) -> int:
+        """Chunks of a prompt that are always read: at most a quarter of the budget."""
+        share = self.budget * chunks if isinstance(self.budget, float) else self.budget / self.chunk
+        return min(self.outliers, int(share / 4))
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """Products with the landmarks."""
         return products(q, index.summary["landmark"])
 
     def always(self, index: Index) -> Tensor | None:
-        """Chunks that stand out, for a shared list those of any head."""
-        always = index.summary["always"]
-        return always.any(1, keepdim=True) if self.scope == "layer" else always
+        """Chunks that stand out."""
+        return index.summary["always"]
 
 
 @register

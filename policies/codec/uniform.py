@@ -113,7 +113,7 @@ class Uniform(Form):
         scale, least = (found.select(3, i).unsqueeze(axis) for i in (0, 1))
         return decode(members, scale, least).view(codes.shape)
 
-    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2) -> float:
+    def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """Codes, and 4 bytes per group."""
         codes = d * self.bits / 8
         if not self.per_channel:
