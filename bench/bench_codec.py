@@ -6,6 +6,9 @@ bytes:  of a body of 8,192 random bfloat16 tokens, 8 KV heads of 64 and of 128, 
 errors: relative (Frobenius) of keys, values and attention output for the last 32 queries of 2,048 tokens of Python's own
         reference, the mean over SmolLM2's layers, float32.
 cost:   one layer, 32 query and 8 KV heads of 128, float32: encoding 1,000 tokens, and a decode step at 8,192 tokens.
+quality: divergence (KL, nats per token) of SmolLM2's next-token distributions from the full cache's, and change of the
+        negative log-likelihood, float32: eight prompts of 2,048 tokens are read densely and encoded, and 256 tokens that
+        follow each are scored, 2,040 predictions in all.
 rank:   low-rank keys on the same text: energy kept, divergence of the next-token distribution (128 tokens), device bytes.
 """
 
@@ -71,6 +74,14 @@ def codec_of(recipe: str) -> Codec:
     codec = Recipe.parse(recipe + (" @ host" if recipe == "lossless" else "")).codec
     assert codec is not None
     return codec
+
+
+def with_tail(recipes: list[str]) -> Iterator[str]:
+    """The recipes with the same tail: 64 newest tokens, and blocks of 128."""
+    for recipe in recipes:
+        name, _, arguments = recipe.partition("(")
+        if name != "lossless":
+            yield f"{name}(recent=64{', ' + arguments if arguments else ')'} + block=128"
 
 
 def rope(d: int) -> Rotary:
@@ -200,6 +211,29 @@ def sweep(model: Any, text: Tensor) -> Iterator[dict[str, Any]]:
         }
 
 
+def judge(recipes: list[str], model: Any, text: Tensor) -> Iterator[dict[str, Any]]:
+    found: dict[str, list[tuple[float, float]]] = {recipe: [] for recipe in recipes}
+    for start in range(0, 8 * 4000, 4000):
+        ids, more = text[:, start : start + 2048], text[:, start + 2048 : start + 2304]
+        prompt = Prompt(model, ["full", *recipes])
+        prompt.read(ids)
+
+        def predicted(recipe: str, prompt: Prompt = prompt, more: Tensor = more) -> Tensor:
+            cache = prompt.cache(recipe)
+            cache.finish_prefill()
+            out: Tensor = model(more, past_key_values=cache).logits[:, :-1].log_softmax(-1)
+            return out
+
+        wanted, target = predicted("full"), more[:, 1:, None]
+        for recipe in recipes:
+            got = predicted(recipe)
+            kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
+            found[recipe].append((float(kl), float((wanted - got).gather(-1, target).mean())))
+    for recipe, pairs in found.items():
+        kl, nll = (statistics.mean(x) for x in zip(*pairs, strict=True))
+        yield {"recipe": recipe, "kl": kl, "nll": nll, "kl_of_prompts": [kl for kl, _ in pairs]}
+
+
 def decoded(model: Any, cache: Any, more: Tensor) -> Tensor:
     """Log-probabilities [1, n, vocabulary] after each of the tokens `more` [1, n], fed one by one."""
     found = [model(more[:, i : i + 1], past_key_values=cache).logits for i in range(more.shape[1])]
@@ -210,7 +244,7 @@ def decoded(model: Any, cache: Any, more: Tensor) -> Tensor:
 def main() -> None:
     """Measure, print, and write codecs-cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["bytes", "errors", "cost", "rank"])
+    parser.add_argument("--parts", nargs="+", default=["bytes", "errors", "cost", "quality", "rank"])
     parser.add_argument("--recipe", nargs="+", default=CODECS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -227,6 +261,7 @@ def main() -> None:
         "bytes": lambda: count_bytes(args.recipe),
         "errors": lambda: compare(args.recipe, model, text[:, :2048]),
         "cost": lambda: time_it(args.recipe),
+        "quality": lambda: judge([*with_tail(args.recipe)], model, text),
         "rank": lambda: sweep(model, text),
     }
     for part in args.parts:

@@ -85,7 +85,7 @@ class Store:
                 self.fixed = {**self.fixed, name: fresh}
 
     def append(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor, fresh: bool = True) -> None:
-        """Add a block [R, H, m, d], whole grains, at positions [R, H, m] to the rows given [R]; `fresh`: of their prompts."""
+        """Add a block [R, H, m, d], whole grains, at positions [R, H, m] to the rows given [R]; `fresh`: of prompts."""
         m = k.shape[2]
         self.fit(rows, k, v, position)
         first = torch.from_numpy(self.counts[rows]).to(k.device)
@@ -134,29 +134,29 @@ class Store:
         return x
 
     def _merge(self, row: int, fresh: set[str]) -> None:
-        """Make one segment of a row's newest `ALIKE` that are equally long, as often as there are; `fresh` are the buffers that
-        no snapshot reads."""
+        """Make one segment of a row's newest `ALIKE` that are equally long, as often as there are; no snapshot reads the
+        buffers that are `fresh`."""
         lengths = self.lengths[MERGED][row]
         while len(lengths) >= ALIKE and len({*lengths[-ALIKE:]}) == 1 and ALIKE * lengths[-1] <= LONGEST:
-            total, first = ALIKE * lengths[-1], len(lengths) - ALIKE
-            stop = int(self.counts[row])
             for side, form in self._sides():
-                if MERGED not in form.spans.values():
-                    continue
-
-                def cut(name: str, span: int, side: str = side) -> Tensor:
-                    x = self.rows[span].parts[f"{side}.{name}"][row : row + 1]
-                    return (
-                        x[:, :, first : len(lengths)] if span == MERGED else x[:, :, (stop - total) // span : stop // span]
-                    )
-
-                parts = {name: cut(name, span) for name, span in form.spans.items() if span > 0 or span == MERGED}
-                for name, part in form.merge(parts).items():
-                    span, key = form.spans[name], f"{side}.{name}"
-                    self.rows[span].rewrite(row, first if span == MERGED else (stop - total) // span, key, part[0], fresh)
+                if MERGED in form.spans.values():
+                    self._join(side, form, row, fresh)
             self.rows[MERGED].shorten(row, ALIKE - 1)
-            lengths = (*lengths[:first], total)
+            lengths = (*lengths[:-ALIKE], ALIKE * lengths[-1])
             self.lengths[MERGED][row] = lengths
+
+    def _join(self, side: str, form: Form, row: int, fresh: set[str]) -> None:
+        """Rewrite the keys or values of a row's newest `ALIKE` segments as one."""
+        segments, stop = len(self.lengths[MERGED][row]), int(self.counts[row])
+        start = stop - ALIKE * self.lengths[MERGED][row][-1]
+        cuts = {name: (start // span, stop // span) for name, span in form.spans.items() if span > 0}
+        cuts |= {name: (segments - ALIKE, segments) for name, span in form.spans.items() if span == MERGED}
+        parts = {
+            name: self.rows[form.spans[name]].parts[f"{side}.{name}"][row : row + 1, :, first:last]
+            for name, (first, last) in cuts.items()
+        }
+        for name, part in form.merge(parts).items():
+            self.rows[form.spans[name]].rewrite(row, cuts[name][0], f"{side}.{name}", part[0], fresh)
 
     def _mark_ends(self, span: int) -> None:
         """Note on the device where segments end; those that a row does not have end nowhere."""
