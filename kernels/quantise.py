@@ -50,7 +50,7 @@ def ranges(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     what they are read with."""
     least, most = x.aminmax(dim=dim, keepdim=True)
     scale = (most - least) / (2**bits - 1)
-    return scale.half(), least.clamp(-_HALF, _HALF).half()
+    return scale.clamp(max=_HALF).half(), least.clamp(-_HALF, _HALF).half()
 
 
 def encode(x: Tensor, bits: int, scale: Tensor, least: Tensor) -> Tensor:

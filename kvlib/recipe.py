@@ -118,7 +118,9 @@ class Recipe:
         """A codec goes with what asks for no less than it can give: blocks to evict, tokens to read."""
         evict, select, grain = self.evictor, self.select, codec.grain
         if evict is not None and evict.when == "online" and not all(form.alone for form in codec.forms()):
-            why = f"seals {grain} tokens at a time, so" if grain > 1 else "is fitted to a row's first tokens, and"
+            why = (
+                f"seals {grain} tokens at a time, so" if grain > 1 else "encodes tokens by what they share with others, so"
+            )
             remedy = (
                 f"{codec.name} {why} online {evict.name} cannot evict single tokens from its blocks: use a codec of single "
                 "tokens (kv4), or h2o_prefill or snapkv, which evict before sealing"
@@ -131,9 +133,10 @@ class Recipe:
             remedy = f"{evict.name}(adaptive=True) leaves each head another number of tokens to encode: leave it out"
             raise RecipeError(codec.name, None, None, remedy)
         unreadable = max(form.read_granularity for form in codec.forms())
-        if select is not None and unreadable > 1:
+        if select is not None and unreadable > 1 and (select.run % unreadable or not select.run):
             remedy = (
-                f"it is read {unreadable} tokens at a time, and {select.name} picks fewer: use a codec such as kv4 or kivi"
+                f"it is read {unreadable} tokens at a time, and {select.name} reads fewer: use pages of as many (quest), "
+                "or a codec such as kv4 or kivi"
             )
             raise RecipeError(codec.name, None, None, remedy)
         if select is not None and grain > 1 and select.run == 0 and not select.fitted:

@@ -70,8 +70,12 @@ class Store:
     # --------------------------------------------------------------------------------------------------- taking in
     def fit(self, rows: np.ndarray, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Let the first tokens [R, H, m, d] of the rows given [R] decide what later ones rely on; once per row."""
-        if self._fitted[rows].all():
+        new = ~self._fitted[rows]
+        if not new.any():
             return
+        if not new.all():
+            k, v, position = (x[torch.from_numpy(new).to(x.device)] for x in (k, v, position))
+            rows = rows[new]
         self._fitted = self._fitted.copy()
         self._fitted[rows] = True
         index = torch.from_numpy(rows).to(self.device)
@@ -118,10 +122,12 @@ class Store:
             self.sizes[side][row] += tuple(len(page) for page in written)
             self.pages[side].append(np.array([row]), {"page": torch.cat(written).view(1, 1, -1)})
 
-    def _read(self, side: str, form: Form, lo: int, hi: int) -> Tensor:
-        """Slots lo .. hi - 1 of what is kept in pages, [B, H, hi - lo, d] in host memory; zeros past a row's end."""
+    def _read(self, side: str, form: Form, lo: int, hi: int, only: int | None = None) -> Tensor:
+        """Slots lo .. hi - 1 of what is kept in pages, [B, H, hi - lo, d] in host memory, or of one row only; zeros past a
+        row's end."""
         found = []
-        for row, sizes in enumerate(self.sizes[side]):
+        for row in range(len(self.counts)) if only is None else (only,):
+            sizes = self.sizes[side][row]
             ends = np.cumsum((0, *sizes))
             own = self.pages[side].parts["page"][row, 0]
             span = range(lo // form.grain, min(hi // form.grain, len(sizes)))
@@ -132,6 +138,19 @@ class Store:
             for i, page in enumerate(pages):
                 own[:, i * form.grain : (i + 1) * form.grain] = page
         return x
+
+    def _read_at(self, side: str, form: Form, ids: Tensor) -> Tensor:
+        """Slots ids [B, H', m] of what is kept in pages, [B, H, m, d] in host memory; anything where a row has no such."""
+        found = []
+        for row, own in enumerate(ids.cpu()):
+            last = max(0, len(self.sizes[side][row]) - 1)
+            page = (own // form.grain).clamp(max=last)
+            wanted = page.unique()
+            cuts = [self._read(side, form, lo, lo + form.grain, row) for lo in (wanted * form.grain).tolist()]
+            x = torch.stack(cuts, 2).flatten(2, 3)[0]  # [H, pages * grain, d]
+            at = torch.searchsorted(wanted, page) * form.grain + own % form.grain
+            found.append(x.gather(1, at.expand(len(x), -1).unsqueeze(-1).expand(-1, -1, x.shape[2])))
+        return torch.stack(found)
 
     def _merge(self, row: int, fresh: set[str]) -> None:
         """Make one segment of a row's newest `ALIKE` that are equally long, as often as there are; no snapshot reads the
@@ -206,6 +225,9 @@ class Store:
         """Keys ("k") or values ("v") in the slots ids [B, H', m]: one list may serve all heads (H' = 1), and the query
         heads of a KV head may have lists of their own; `brought` as for `piece`, [B, H, m, ...]."""
         wide = max(ids.shape[1], self.heads)
+        if side in self.pages:
+            x = self._read_at(side, self.forms["kv".index(side)], ids)
+            return Stored(wide, {"x": x.to(self.device)}, {}, ids, lambda span: ids, lambda: ids, None)
 
         def cut(name: str, span: int) -> Tensor:
             if brought is not None and name in brought:

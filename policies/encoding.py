@@ -327,6 +327,10 @@ class Codec(Method):
         """Every codec that some layer or head may have."""
         return (self,)
 
+    def within(self, heads: int, d: int) -> Codec:
+        """The codec of a group of `heads` KV heads of size d."""
+        return self
+
     def fit(self, layers: int, heads: int, d: int) -> None:
         """Raise RecipeError where a model of this shape cannot be served."""
         for form in self.forms():

@@ -125,7 +125,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         for head in heads.tolist():
             own = None if codec is None else codec.at(index, head, self.spec.layers)
             found.setdefault(own, []).append(head)
-        return [(own, np.array(places)) for own, places in found.items()]
+        size = self.spec.head_dim
+        return [(own and own.within(len(places), size), np.array(places)) for own, places in found.items()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         """An independent copy on the same model, for prompts that several requests share."""

@@ -55,7 +55,10 @@ def drafting(exact: Recipe, draft: Recipe) -> tuple[Recipe, bool]:
         raise RecipeError("draft_recipe", "codec", draft.codec, f"drafts read the cache of {exact}: leave it out{other}")
     if codec is not None and draft.select is not None:
         _check_borders(codec, draft.select, exact.block or 64)
-    if draft.select is None and not cheap:
+    if exact.evict is not None and any(getattr(draft, size) is not None for size in ("sink", "recent", "block")):
+        remedy = f"the sizes of the cache are those of {exact}: leave sink, recent and block out"
+        raise RecipeError("draft_recipe", None, draft, remedy)
+    if not cheap and (draft.select is None or not draft.select.selects()):
         remedy = "it reads as much as the exact recipe: give a selector with a small budget, or hierarchical(planes=1)"
         raise RecipeError("draft_recipe", None, draft, remedy)
     if codec is not None:  # `Cache.verify_as` knows how many tokens stay dense

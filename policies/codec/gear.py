@@ -70,7 +70,7 @@ class Corrected(Form):
         parts |= self._factors(self._tokens(residual))
         near = coded + parts["a"].float() @ parts["b"].squeeze(2).float().mT
         error = (vectors - self._vectors(near)).gather(3, place)
-        return parts | {name: part.squeeze(4) for name, part in (("error", error.half()), ("place", place.to(torch.uint8)))}
+        return parts | {name: part.squeeze(4) for name, part in (("error", _half(error)), ("place", place.to(torch.uint8)))}
 
     def _vectors(self, x: Tensor) -> Tensor:
         """x [R, H, m, d] with its vectors along axis 3: [R, H, m / page, page, d], or [R, H, m, d, 1]."""
@@ -135,13 +135,18 @@ class Corrected(Form):
         place = parts["place"].long() if self.page else parts["place"].long().unsqueeze(4)
         shift = self._vectors(change).gather(3, place)
         error = parts["error"].float() + (shift if self.page else shift.squeeze(4))
-        return found | {"error": error.half()}
+        return found | {"error": _half(error)}
 
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """Codes and ranges, 2 r (1 + d / n) in merged segments of n, and 3 bytes per outlier."""
         factors = 2 * self.rank * (1 + (d / merged if merged else 0.0))
         outliers = 2 * self.ends(d) * 3 * (d / self.page if self.page else 1)
         return self.base.bytes_per_token(d, n) + factors + outliers
+
+
+def _half(x: Tensor) -> Tensor:
+    """x in fp16, as near as it can be."""
+    return x.clamp(-65504.0, 65504.0).half()
 
 
 def _as_stored(parts: Mapping[str, Tensor], x: Tensor) -> Stored:
@@ -157,7 +162,8 @@ class Gear(Codec):
     """Correct what few bits lose: a low-rank term for errors that tokens share, exact values for entries that stand out.
 
     GEAR, arXiv 2403.05527 v4.  Outliers are exact, which the reference's are not, and one rank serves prompt and generated
-    tokens: of the latter, segments are merged eight at a time, so that their own factors soon weigh nothing.
+    tokens: of the latter, segments are merged eight at a time, so that their factors soon weigh nothing
+    (the ranges of KCVT stay those of each segment).
     bits:   of the codes.
     group:  as in kivi, the paper's 64 at 2 bits; 0: the paper's KCVT, one range per channel of a segment and one per token.
         "auto": 0 from 4 bits on, else 64.
@@ -185,7 +191,8 @@ class Gear(Codec):
         if isinstance(self.s, bool) or not isinstance(self.s, int | float) or not 0 <= self.s <= 0.25:
             raise RecipeError(self.name, "s", self.s, "give a share of entries from 0 to 0.25")
         if self.s and self.page > 256:
-            raise RecipeError(self.name, "s", self.s, "give 0.008 or more, or 0 for none (gear_l)")
+            remedy = "outliers are sought among 256 tokens at most: give a larger share, smaller groups, or 0 (gear_l)"
+            raise RecipeError(self.name, "s", self.s, remedy)
 
     @property
     def tokens(self) -> int:

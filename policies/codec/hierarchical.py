@@ -35,6 +35,12 @@ class Planes(Uniform):
         """The plane that drafts do without."""
         return frozenset(self.spans) & {"lower"}
 
+    def check(self, name: str, d: int) -> None:
+        """Also, planes of 4 bits must fill bytes."""
+        super().check(name, d)
+        if d % 2:
+            raise RecipeError(name, None, None, f"an odd head size {d} does not fill its planes' bytes: use kv8")
+
     def encode(self, tokens: Tokens) -> dict[str, Tensor]:
         """Planes [R, H, m, d / 2] and ranges."""
         parts = self.quantise(self.prepared(tokens))

@@ -74,6 +74,9 @@ class KV(Codec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for argument in ("k", "v", "where"):
+            if not isinstance(getattr(self, argument), str):
+                raise RecipeError(self.name, argument, getattr(self, argument), 'give text, such as k="kivi(bits=2)"')
         for argument in ("k", "v"):
             self._codec(argument, getattr(self, argument) or self.k)
         self._exceptions  # noqa: B018  (parsed here, so that mistakes show when the recipe is built)
@@ -103,8 +106,11 @@ class KV(Codec):
                 raise RecipeError(self.name, "where", clause, remedy)
             ends = [(int(m[1]), int(m[2] or m[1]), None if m[3] is None else int(m[3])) for m in spans if m]
             for first, last, _ in ends:
-                if 0 <= last < first or first < 0 < last:
-                    raise RecipeError(self.name, "where", clause, "a range goes from a lower to a higher layer, as in 0-3")
+                if last != first and not 0 <= first < last:
+                    remedy = (
+                        "a range counts up from the first layers, as in 0-3; the last ones are written one by one: -2, -1"
+                    )
+                    raise RecipeError(self.name, "where", clause, remedy)
             codec = self._codec("where", text.strip())
             found.append((ends, codec and replace(codec, recent=self.recent)))
         return found
@@ -119,6 +125,11 @@ class KV(Codec):
     def by_head(self) -> bool:
         """Whether an exception names a head."""
         return any(head is not None for places, _ in self._exceptions for _, _, head in places)
+
+    def within(self, heads: int, d: int) -> Codec:
+        """Of the keys' codec; values share nothing between heads."""
+        codec = self._codec("k", self.k)
+        return self if codec is None else replace(self, k=str(codec.within(heads, d)))
 
     def members(self) -> tuple[Codec, ...]:
         """Itself and the exceptions."""
@@ -145,7 +156,10 @@ class KV(Codec):
 
     def fit(self, layers: int, heads: int, d: int) -> None:
         """Also raise where an exception names a layer or a head that the model does not have."""
-        super().fit(layers, heads, d)
+        for argument in ("k", "v"):
+            side = self._codec(argument, getattr(self, argument) or self.k)
+            if side is not None:
+                side.fit(layers, heads, d)
         for places, codec in self._exceptions:
             for first, last, head in places:
                 for layer in (first, last):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -145,6 +145,10 @@ class LowRank(Codec):
     def values(self) -> Form:
         """As they are."""
         return DENSE
+
+    def within(self, heads: int, d: int) -> Codec:
+        """No more rank than the group's keys can have."""
+        return replace(self, rank=min(self.rank, heads * d))
 
     def fit(self, layers: int, heads: int, d: int) -> None:
         """Also raise where the rank exceeds what the keys have."""

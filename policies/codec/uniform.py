@@ -55,7 +55,8 @@ class Uniform(Form):
         if not self.smooth:
             return {}
         largest = tokens.x.float().abs().amax(2, keepdim=True)
-        return {"smooth": torch.where(largest > 0, largest, 1.0).pow(self.smooth).half()}
+        factor = torch.where(largest > 0, largest, 1.0).pow(self.smooth)
+        return {"smooth": factor.clamp(2**-14, 65504.0).half()}  # what fp16 can hold and divide by
 
     def encode(self, tokens: Tokens) -> dict[str, Tensor]:
         """Codes [R, H, m, d * bits / 8] and ranges [R, H, ., 2, groups or d]."""
