@@ -277,3 +277,22 @@ def test_a_cpu_that_attends_leaves_prompts_to_the_device():
     chunk = tokens(40, 7)
     assert torch.allclose(feed(group, *chunk), feed(full, *chunk), atol=1e-5)
     assert census.traffic(group).moved > 0
+
+
+@pytest.mark.parametrize(
+    "codec", ["gear_l(bits=2, group=4)", "gear(bits=2, group=4, s=0.25)", "hierarchical(group=4)", "kv4"]
+)
+@torch.no_grad()
+def test_slots_hold_what_a_codec_rewrites(codec):
+    """Host against device over 90 steps, in which eight segments become one."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 190, 16, generator=generator) for heads in (4, 2, 2))
+    groups = []
+    for tier in ("", " @ host"):
+        recipe = Recipe.parse(f"quest(budget=64, page=4) + {codec} + block=8 + recent=8{tier}")
+        groups.append(HeadGroup(None, recipe.sizes, selector=recipe.select, tier=recipe.tier, codec=recipe.codec))
+    for lo, hi in [(0, 100), *((i, i + 1) for i in range(100, 190))]:
+        chunk = [x[:, :, lo:hi] for x in (q, k, v)]
+        a, b = (group.forward(*chunk, None, Spec(0.25), False) for group in groups)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert groups[1].body.traffic().misses > 0

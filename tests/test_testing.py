@@ -72,6 +72,13 @@ RECIPES += [
     "full + sink=2 + recent=9 + block=5 @ host",
 ]
 
+RECIPES += [  # segments merge while decoding; pages are picked
+    "gear_l(bits=2, group=2, recent=8) + block=2",
+    "gear(bits=4, group=2, s=0.25, recent=8) + block=8 @ host",
+    "quest(budget=40, page=2) + gear_l(bits=2, group=2) + block=2 @ host",
+    "quest(budget=24, page=4) + lossless(page=4) @ host",
+    "landmarks(budget=32, chunk=2, outliers=3)",
+]
 RECIPES += [  # codecs of single tokens under evictors that go on evicting
     "h2o(budget=32) + kv4",
     "h2o(budget=32, adaptive=True) + rotated(bits=3) @ host",

@@ -49,10 +49,10 @@ class Pruned(Form):
         """The tokens [B, H, m, d] with zeros where nothing was kept, in the model's type."""
         mask, kept = unpack(stored.parts["bitmap"], 1), stored.parts["kept"]
         k, vectors = kept.shape[-1], mask[..., 0].numel()
-        place = mask.int().cumsum(-1, dtype=torch.int32).clamp_(min=1)  # never another vector's
-        place += torch.arange(vectors, dtype=torch.int32, device=mask.device).view(*mask.shape[:-1], 1) * k - 1
-        spread = kept.flatten().index_select(0, place.flatten())
-        return spread.view(mask.shape).mul_(mask)
+        place = mask.int().cumsum(-1, dtype=torch.int32)
+        place += torch.arange(vectors, dtype=torch.int32, device=mask.device).view(*mask.shape[:-1], 1) * k
+        values = torch.cat([kept.new_zeros(1), kept.flatten()])  # what was dropped reads the first
+        return values.index_select(0, place.mul_(mask).flatten()).view(mask.shape)
 
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """A bit per channel and the entries that stay."""

@@ -77,6 +77,15 @@ def test_the_same_bits_as_dense_in_host_memory(pair, dtype):
     assert all((body.counts >= 128).all() for found in bodies for body in found if hasattr(body, "store"))
 
 
+def test_pages_of_a_selector_are_read_as_dense_ones_are():
+    """Where a page of the selector is one of the codec."""
+    model, select = tiny_model(), "quest(budget=96, page=16)"
+    caches = [kvlib.Cache(model, recipe) for recipe in (select + " + lossless(page=16) @ host", select)]
+    logits = [told(model, cache) for cache in caches]
+    assert (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[1].abs().max()
+    assert caches[0].attended().unique().tolist() == [96]
+
+
 @torch.no_grad()
 def test_pages_that_a_prompt_does_not_fill_wait_in_the_tail():
     """Fewer tokens have left it than under `full`, so sums come in another order; nothing else changes."""
@@ -236,9 +245,9 @@ def test_a_damaged_page_is_not_attended():
         ("lossless @ device", "write '@ host'"),
         ('kv(k="kv4", v="lossless")', "write '@ host'"),
         ('kv(k="kv4", where="0: lossless")', "write '@ host'"),
-        ("quest(budget=256) + lossless @ host", "64 tokens at a time.*quest picks fewer"),
-        ("clusterkv(budget=256) + lossless @ host", "64 tokens at a time.*clusterkv picks fewer"),
-        ('oracle(budget=256) + kv(k="kv4", v="lossless(page=8)") @ host', "8 tokens at a time.*oracle picks fewer"),
+        ("quest(budget=256) + lossless @ host", "64 tokens at a time.*quest reads fewer"),
+        ("clusterkv(budget=256) + lossless @ host", "64 tokens at a time.*clusterkv reads fewer"),
+        ('oracle(budget=256) + kv(k="kv4", v="lossless(page=8)") @ host', "8 tokens at a time.*oracle reads fewer"),
         ("h2o(budget=256) + lossless @ host", "online h2o cannot evict"),
         ("lossless(page=0) @ host", "page"),
         ("lossless(page=2.5) @ host", "page"),
