@@ -38,8 +38,8 @@ class Corrected(Form):
 
     @property
     def moving(self) -> frozenset[str]:
-        """All of a single token but the factors, which merging rewrites."""
-        return super().moving - {"a"}
+        """All of a single token but what merging rewrites."""
+        return super().moving - {"a", "error"}
 
     def check(self, name: str, d: int) -> None:
         """As the base; places fit a byte."""
