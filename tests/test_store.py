@@ -163,6 +163,17 @@ def test_a_piece_is_that_part_of_the_whole(codec):
             assert got.isfinite().all()  # past a row's end too: it is read under a weight of zero
 
 
+@pytest.mark.parametrize("codec", ["kivi(bits=4, group=0)", "gear_l"])
+def test_every_piece_of_rows_whose_segments_end_elsewhere(codec):
+    store = filled(codec, [((0,), 2), ((0,), 8), ((1,), 5), ((1,), 5), ((2,), 10)])
+    whole = everything(store)
+    for lo in range(10):
+        for hi in range(lo + 1, 11):
+            got = read(store, "k", store.piece("k", lo, hi, at()))
+            for r in range(BATCH):
+                torch.testing.assert_close(got[r], whole["k"][r][:, lo:hi], atol=1e-5, rtol=1e-5)
+
+
 @picked
 def test_scores_and_sums_are_those_of_the_decoded_tokens(codec):
     store = filled(codec, RAGGED)
@@ -218,7 +229,9 @@ def grown(codec, rounds=2 * ALIKE + 1):
     store, kept = empty_store(codec), []
     for i in range(rounds):
         if i:
-            kept.append((store.snapshot(), everything(store), store.used(), store.counts.copy(), ends_of(store)))
+            fixed = {name: x.clone() for name, x in store.fixed.items()}
+            held = everything(store), store.used(), store.counts.copy(), ends_of(store), fixed
+            kept.append((store.snapshot(), *held))
         rows = (0, 1) if i % 3 else (0, 1, 2)  # one row's segments come later
         rows = (0, 1) if i == 0 else (2,) if i == 1 else rows
         put(store, rows, *(x[list(rows)] for x in tokens(-(-32 // store.grain) * store.grain, 2 * i)))
@@ -233,7 +246,8 @@ def ends_of(store):
 def test_a_snapshot_does_not_see_what_comes_later(codec):
     store, kept = grown(codec)
     assert store.counts.max() > 32 * ALIKE
-    for snapshot, held, used, counts, ends in kept:
+    for snapshot, held, used, counts, ends, fixed in kept:
+        assert all(torch.equal(x, fixed[name]) for name, x in snapshot.fixed.items())
         assert snapshot.counts.tolist() == counts.tolist()
         assert snapshot.used() == used
         assert ends_of(snapshot) == ends
