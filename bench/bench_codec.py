@@ -9,6 +9,8 @@ cost:   one layer, 32 query and 8 KV heads of 128, float32: encoding 1,000 token
 quality: divergence (KL, nats per token) of SmolLM2's next-token distributions from the full cache's, and change of the
         negative log-likelihood, float32: eight prompts of 2,048 tokens are read densely and encoded, and 256 tokens that
         follow each are scored, 2,040 predictions in all.
+long:   ShadowKV over 512 tokens of the text fed one by one after the prompt, and a second turn of 256 in one piece:
+        divergence from the full cache, and what is held where.
 rank:   low-rank keys on the same text: energy kept, divergence of the next-token distribution (128 tokens), device bytes.
 """
 
@@ -234,6 +236,49 @@ def judge(recipes: list[str], model: Any, text: Tensor) -> Iterator[dict[str, An
         yield {"recipe": recipe, "kl": kl, "nll": nll, "kl_of_prompts": [kl for kl, _ in pairs]}
 
 
+def long_run(model: Any, text: Tensor) -> Iterator[dict[str, Any]]:
+    recipes = ["shadowkv(budget=0.25, rank=96, outliers=12)", "low_rank(rank=96)"]
+    prompt = Prompt(model, ["full", *recipes])
+    prompt.read(text[:, :2048])
+    steps, turn = text[:, 2048:2560], text[:, 2560:2816]
+    full = prompt.cache("full")
+    wanted = [decoded(model, full, steps), model(turn, past_key_values=full).logits.log_softmax(-1)]
+    for recipe in recipes:
+        cache = prompt.cache(recipe)
+        got = [decoded(model, cache, steps), model(turn, past_key_values=cache).logits.log_softmax(-1)]
+        kl = [(w.exp() * (w - g)).sum(-1)[0] for w, g in zip(wanted, got, strict=True)]
+        yield {
+            "recipe": recipe,
+            "kl_by_128_steps": [float(x.mean()) for x in kl[0].split(128)],
+            "kl_second_turn": float(kl[1].mean()),
+            "kept": int(cache.kept().min()),
+            "bytes": cache.nbytes(used=True),
+            "full_bytes": cache.full_nbytes(),
+        }
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Divergence against bytes per token, a point per codec."""
+    from matplotlib import pyplot
+
+    share = {row["recipe"]: row["64"]["measured"] / row["64"]["dense"] for row in report["bytes"]}
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    for row, recipe in zip(report["quality"], [r for r in report["recipes"] if r != "lossless"], strict=True):
+        name = recipe.partition("(")[0]
+        axes.scatter(
+            100 * share[recipe], row["kl"], color=f"C{sorted({r.partition('(')[0] for r in share}).index(name) % 10}"
+        )
+        axes.annotate(recipe, (100 * share[recipe], row["kl"]), (4, 3), textcoords="offset points", fontsize=7)
+    axes.set(
+        yscale="log",
+        xlabel="bytes of the body, % of bfloat16 (head size 64)",
+        ylabel="KL from the full cache, nats per token",
+    )
+    axes.set_title("SmolLM2, 2,048 tokens encoded, the next 255 scored, eight texts")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def decoded(model: Any, cache: Any, more: Tensor) -> Tensor:
     """Log-probabilities [1, n, vocabulary] after each of the tokens `more` [1, n], fed one by one."""
     found = [model(more[:, i : i + 1], past_key_values=cache).logits for i in range(more.shape[1])]
@@ -244,9 +289,10 @@ def decoded(model: Any, cache: Any, more: Tensor) -> Tensor:
 def main() -> None:
     """Measure, print, and write codecs-cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["bytes", "errors", "cost", "quality", "rank"])
+    parser.add_argument("--parts", nargs="+", default=["bytes", "errors", "cost", "quality", "long", "rank"])
     parser.add_argument("--recipe", nargs="+", default=CODECS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     model, tokenizer = load("smollm2", "float32")
@@ -255,6 +301,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "command": "python bench/bench_codec.py",
         "threads": torch.get_num_threads(),
+        "recipes": args.recipe,
         "versions": {**versions, "python": platform.python_version()},
     }
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
@@ -262,6 +309,7 @@ def main() -> None:
         "errors": lambda: compare(args.recipe, model, text[:, :2048]),
         "cost": lambda: time_it(args.recipe),
         "quality": lambda: judge([*with_tail(args.recipe)], model, text),
+        "long": lambda: long_run(model, text),
         "rank": lambda: sweep(model, text),
     }
     for part in args.parts:
@@ -269,8 +317,13 @@ def main() -> None:
         for row in parts[part]():
             report[part].append(row)
             print(part, row, flush=True)
-    if args.out:
-        (args.out / "codecs-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    path = None if args.out is None else args.out / "codecs-cpu.json"
+    if path is not None and path.exists():  # parts measured in other runs stay
+        report = {**json.loads(path.read_text()), **report}
+    if args.figure:
+        draw(report, args.figure)
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

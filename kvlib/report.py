@@ -22,11 +22,12 @@ def report(cache: Cache) -> str:
     )
     lines += _tokens(cache)
     lines += _bytes(cache)
+    lines += _codec(cache)
     lines += _selection(cache)
     if cache.table is not None:
         lines.append(_heads(cache))
     lines.append(
-        "ran         attention, merge, column mass and selection: torch reference (no Triton kernels in this version)"
+        "ran         attention, merge, column mass, selection, codecs: torch reference (no Triton kernels in this version)"
     )
     return "\n".join(lines)
 
@@ -55,6 +56,24 @@ def _bytes(cache: Cache) -> list[str]:
     split = ", ".join(f"{name} {size:,}" for name, size in parts.items())
     where = " and ".join(f"{size:,} allocated on the {name}" for name, size in tiers.items()) or "0 allocated"
     return [f"bytes       {where}{share}" + (f" ({split})" if split else "")]
+
+
+def _codec(cache: Cache) -> list[str]:
+    """What a codec makes of the body."""
+    codec, dense = cache.recipe.codec, 0
+    if codec is None:
+        return []
+    for layer in cache.managed:
+        for group in layer.store.groups:
+            if group.tail is not None and group.codec is not None and group.body is not None:
+                k, v = group.tail.k, group.tail.v
+                tokens = int(group.body.counts.sum()) * (k.shape[1] if group.body.counts.ndim == 1 else 1)
+                dense += tokens * (k.shape[3] + v.shape[3]) * k.element_size()
+    used = cache.nbytes(by="part", used=True)["body"]
+    exact = all(form.exact for member in codec.members() for form in member.forms())
+    how = "to the bit" if exact else "rounded: what is read is near what was written, not equal to it"
+    share = f"body {100 * used / dense:.1f} % of its dense bytes; " if dense else "nothing is old enough yet; "
+    return [f"codec       {share}{how}"]
 
 
 def _selection(cache: Cache) -> list[str]:

@@ -165,7 +165,7 @@ def test_a_piece_is_that_part_of_the_whole(codec):
 
 @pytest.mark.parametrize("codec", ["kivi(bits=4, group=0)", "gear_l"])
 def test_every_piece_of_rows_whose_segments_end_elsewhere(codec):
-    store = filled(codec, [((0,), 2), ((0,), 8), ((1,), 5), ((1,), 5), ((2,), 10)])
+    store = filled(codec, [((0,), 2), ((0,), 8), ((1,), 5), ((1,), 5), ((2,), 3), ((2,), 7)])
     whole = everything(store)
     for lo in range(10):
         for hi in range(lo + 1, 11):

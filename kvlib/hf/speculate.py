@@ -49,13 +49,14 @@ def drafting(exact: Recipe, draft: Recipe) -> tuple[Recipe, bool]:
         mine, its = getattr(exact, role), getattr(draft, role)
         if its not in (None, mine):
             raise RecipeError("draft_recipe", role, its, f"drafts read the cache of {exact}: leave it out")
-    cheap = codec is not None and codec.draft() != codec and draft.codec in (codec.draft(), type(codec)().draft())
+    cheap = codec is not None and codec.draft() != codec and draft.codec in _drafts(codec)
     if not cheap and draft.codec not in (None, codec):
         other = f", or write {codec.draft()}" if codec is not None and codec.draft() != codec else ""
         raise RecipeError("draft_recipe", "codec", draft.codec, f"drafts read the cache of {exact}: leave it out{other}")
     if codec is not None and draft.select is not None:
-        _check_borders(codec, draft.select, exact.block or 64)
-    if exact.evict is not None and any(getattr(draft, size) is not None for size in ("sink", "recent", "block")):
+        _check_borders(exact, codec, draft.select)
+    fixed = exact.evict is not None or codec is not None
+    if fixed and any(getattr(draft, size) is not None for size in ("sink", "recent", "block")):
         remedy = f"the sizes of the cache are those of {exact}: leave sink, recent and block out"
         raise RecipeError("draft_recipe", None, draft, remedy)
     if not cheap and (draft.select is None or not draft.select.selects()):
@@ -68,9 +69,19 @@ def drafting(exact: Recipe, draft: Recipe) -> tuple[Recipe, bool]:
     return replace(exact, select=draft.select, **sizes), cheap
 
 
-def _check_borders(codec: Codec, select: Selector, block: int) -> None:
-    """Raise RecipeError where a draft's units would change what is encoded together."""
-    block = -(-block // codec.grain) * codec.grain
+def _drafts(codec: Codec) -> tuple[Codec, ...]:
+    """What a draft may call the codec: by all its arguments, by all but `recent`, which selectors refuse, or by none."""
+    draft = codec.draft()
+    return draft, replace(draft, recent=type(codec).recent), type(codec)().draft()
+
+
+def _check_borders(exact: Recipe, codec: Codec, select: Selector) -> None:
+    """Raise RecipeError where a draft's units would change what is encoded together, or its budget is all dense."""
+    block = -(-(exact.block or 64) // codec.grain) * codec.grain
+    dense = block + (codec.recent if exact.recent is None else exact.recent) + (4 if exact.sink is None else exact.sink)
+    if isinstance(select.budget, int) and select.budget <= dense:
+        remedy = f"{exact} keeps up to {dense} tokens dense, which drafts read too: give a larger budget"
+        raise RecipeError(select.name, "budget", select.budget, remedy)
     if select.run and block % select.run:
         remedy = f"{codec.name} seals {block} tokens at a time: give units that divide it"
         raise RecipeError(select.name, None, None, remedy)

@@ -32,8 +32,8 @@ class Planes(Uniform):
 
     @property
     def moving(self) -> frozenset[str]:
-        """The plane that drafts do without."""
-        return frozenset(self.spans) & {"lower"}
+        """The plane that drafts do without, if there is another."""
+        return frozenset({"lower"}) if self.read == 2 else super().moving
 
     def check(self, name: str, d: int) -> None:
         """Also, planes of 4 bits must fill bytes."""
