@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := 5.17.0
+# The tests' shapes are small: threads that wait for each other cost more than they bring, much more on a busy machine.
+test oldest full: export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test oldest lint types full clean
 
