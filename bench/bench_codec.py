@@ -262,18 +262,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     share = {row["recipe"]: row["64"]["measured"] / row["64"]["dense"] for row in report["bytes"]}
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for row, recipe in zip(report["quality"], [r for r in report["recipes"] if r != "lossless"], strict=True):
-        name = recipe.partition("(")[0]
-        axes.scatter(
-            100 * share[recipe], row["kl"], color=f"C{sorted({r.partition('(')[0] for r in share}).index(name) % 10}"
-        )
-        axes.annotate(recipe, (100 * share[recipe], row["kl"]), (4, 3), textcoords="offset points", fontsize=7)
-    axes.set(
-        yscale="log",
-        xlabel="bytes of the body, % of bfloat16 (head size 64)",
-        ylabel="KL from the full cache, nats per token",
-    )
+    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+    names = [recipe for recipe in report["recipes"] if recipe != "lossless"]
+    families = sorted({name.partition("(")[0] for name in names})
+    points = sorted((share[name], row["kl"], name) for row, name in zip(report["quality"], names, strict=True))
+    for i, (x, kl, name) in enumerate(points):
+        axes.scatter(100 * x, kl, color=f"C{families.index(name.partition('(')[0]) % 10}", zorder=2)
+        axes.annotate(name, (100 * x, kl), (4, (5, -10)[i % 2]), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", ylabel="KL from the full cache, nats per token")
+    axes.set_xlabel("bytes of the body, % of bfloat16 (head size 64)")
+    axes.set_xticks([15, 20, 25, 30, 40, 50, 70], [15, 20, 25, 30, 40, 50, 70])
+    axes.minorticks_off()
     axes.set_title("SmolLM2, 2,048 tokens encoded, the next 255 scored, eight texts")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
