@@ -45,7 +45,7 @@ class Stored:
 
     parts: by name [B, H, m / span, ...], with a span of 1 where tokens were picked one by one; of segments [B, H, S, ...].
     fixed: tensors [B, H, ...] that belong to the row.  slots: places in the body, [m] or [B, H, m].
-    segments: by span `SEGMENT` or `MERGED`, the segment that each token belongs to, [B, 1 or H, m].
+    segment(span): for a span of `SEGMENT` or `MERGED` the segment that each token belongs to, [B, 1 or H, m].
     """
 
     def __init__(

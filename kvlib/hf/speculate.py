@@ -106,8 +106,10 @@ def generate_speculative(
     draft_recipe: a selector with a small budget ("quest(budget=256)"), "hierarchical(planes=1)" where recipe is
         "hierarchical", or both.  What drafts write is taken back; verified tokens are written by the exact reading.
     recipe: what is verified; it selects nothing.  Under a codec its own `recent` newest tokens are read by drafts too.
-    Rows end at the model's `eos_token_id` and are padded from there; rows of a batch advance together, by the least that
-    one of them accepts.
+
+    Tokens are those of plain decoding within rounding: several tokens are verified in one product, so in half precision two
+    almost equal logits may fall either way.  Rows end at the model's `eos_token_id` and are padded from there; rows of a
+    batch advance together, by the least that one of them accepts.
 
     Raises RecipeError for recipes that cannot share a cache, ValueError for other bad input.
     Sources: arXiv 2502.10424 (QuantSpec), arXiv 2302.01318 for the round of drafting and verifying.
