@@ -146,7 +146,8 @@ def _due(group: HeadGroup, split: Split, closing: bool) -> tuple[np.ndarray, np.
     else:
         later = started & group.selector.fitted & (not closing)
         coded = started & (group.codec is not None) & (not closing)
-        by_block = later | coded | isinstance(group.sealing, Everything)  # borders follow from the count of tokens alone
+        whole = group.codec is not None and isinstance(group.sealing, Everything)
+        by_block = later | coded | whole  # borders follow from the count of tokens alone
         step = np.where(by_block, split.block, _step(group))
         ready = (free >= split.block) | closing
         ready &= started | (group.tokens >= _least(group, split))

@@ -123,8 +123,8 @@ def test_giving_a_head_what_another_keeps_is_caught(loaded, results, monkeypatch
     model, tokenizer = loaded
     plain = Candidates.gather
 
-    def mixed_up(self, keep, fields=True):
-        tiles = plain(self, keep, fields)
+    def mixed_up(self, keep, **more):
+        tiles = plain(self, keep, **more)
         if tiles is None:
             return None
         k, v = (x.view(*tiles.counts.shape, *x.shape[1:]).roll(1, 1).reshape(x.shape) for x in (tiles.k, tiles.v))
