@@ -22,7 +22,7 @@ import torch
 from planted import GROUP, KV_HEADS, D, Planted, Tokenizer
 
 import kvlib
-from kvlib import indexed, store
+from kvlib import indexed, ranked, store
 from kvlib.group import HeadGroup
 from kvlib.recipe import Recipe
 from kvlib.segment import Spec
@@ -84,7 +84,7 @@ def recall(data: Planted, budgets: list[int], queries: int) -> list[dict]:
                 read[:, data.tokens - int(group.tail.lengths[0]) :] = True
                 room = budget - int(read[0].sum())
                 rest = torch.where(read.view(KV_HEADS, 1, -1), logits, float("-inf")).logsumexp(-1).view(1, -1, 1)
-                query = indexed.Query(
+                query = ranked.Query(
                     q, group.selector.prepare(q[:, :, 0], group.past, lambda: data.ids[-1:], Tokenizer())[0], rest, SPEC
                 )
                 slots = group.body.chosen(query, room, group.past)[0].expand(KV_HEADS, -1)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from kvlib.candidates import Candidates
-from kvlib.indexed import Indexed, Query
+from kvlib.indexed import Indexed
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
 from kvlib.policies.base import Split
 from kvlib.policies.encoding import DENSE
 from kvlib.policies.selection import SEGMENT, Block, Everything
+from kvlib.ranked import Query
 from kvlib.segment import Spec, Tiles
 
 if TYPE_CHECKING:
