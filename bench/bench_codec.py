@@ -11,6 +11,7 @@ quality: divergence (KL, nats per token) of SmolLM2's next-token distributions f
         follow each are scored, 2,040 predictions in all.
 long:   ShadowKV over 512 tokens of the text fed one by one after the prompt, and a second turn of 256 in one piece:
         divergence from the full cache, and what is held where.
+large:  ShadowKV's device bytes per token and layer at Llama-3-8B's shape, 32,768 random tokens.
 rank:   low-rank keys on the same text: energy kept, divergence of the next-token distribution (128 tokens), device bytes.
 """
 
@@ -30,6 +31,7 @@ import transformers
 from torch import Tensor
 
 import kvlib
+from kvlib import census
 from kvlib.eval import load
 from kvlib.eval.language import default_text
 from kvlib.group import HeadGroup
@@ -278,6 +280,22 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def large_shape() -> Iterator[dict[str, Any]]:
+    recipe = Recipe.parse("shadowkv")
+    group = HeadGroup(None, recipe.sizes, selector=recipe.select, tier=recipe.tier, codec=recipe.codec, rotary=rope(128))
+    k, v = torch.randn(2, 1, 8, 32768, 128, dtype=torch.bfloat16).unbind()
+    group.take_in(k, v, None)
+    group.finish_prefill()
+    used, tokens = census.nbytes(group, True, set()), int(group.body.counts[0])  # type: ignore[union-attr]
+    device = used["device", "body"] + used["device", "index"]
+    yield {
+        "recipe": str(recipe),
+        "tokens": tokens,
+        "device_bytes_per_token": device / tokens,
+        "share": device / tokens / 4096,
+    }
+
+
 def decoded(model: Any, cache: Any, more: Tensor) -> Tensor:
     """Log-probabilities [1, n, vocabulary] after each of the tokens `more` [1, n], fed one by one."""
     found = [model(more[:, i : i + 1], past_key_values=cache).logits for i in range(more.shape[1])]
@@ -288,7 +306,7 @@ def decoded(model: Any, cache: Any, more: Tensor) -> Tensor:
 def main() -> None:
     """Measure, print, and write codecs-cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["bytes", "errors", "cost", "quality", "long", "rank"])
+    parser.add_argument("--parts", nargs="+", default=["bytes", "errors", "cost", "quality", "long", "large", "rank"])
     parser.add_argument("--recipe", nargs="+", default=CODECS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path)
@@ -308,6 +326,7 @@ def main() -> None:
         "errors": lambda: compare(args.recipe, model, text[:, :2048]),
         "cost": lambda: time_it(args.recipe),
         "quality": lambda: judge([*with_tail(args.recipe)], model, text),
+        "large": large_shape,
         "long": lambda: long_run(model, text),
         "rank": lambda: sweep(model, text),
     }
