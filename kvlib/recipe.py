@@ -288,12 +288,19 @@ def methods() -> list[dict[str, Any]]:
                 "name": name,
                 "role": method.role,
                 "paper": method.paper,
-                "lossy": not method.lossless_recall or (issubclass(method, Codec) and not method.exact),
+                "lossy": _is_lossy(method),
                 "idea": method.idea(),
                 "parameters": parameters(method),
             }
         )
     return rows
+
+
+def _is_lossy(method: type[Method]) -> bool:
+    """Whether something is given up: tokens, or what they were to the bit; a composition gives up what a part of it does."""
+    if issubclass(method, Composition):
+        return any(_is_lossy(type(part)) for part in method().parts())
+    return not method.lossless_recall or (issubclass(method, Codec) and not method.exact)
 
 
 def _term(term: str, text: str) -> list[tuple[str, Any]]:
