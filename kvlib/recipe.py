@@ -297,7 +297,7 @@ def methods() -> list[dict[str, Any]]:
 
 
 def _is_lossy(method: type[Method]) -> bool:
-    """Whether something is given up: tokens, or what they were to the bit; a composition gives up what a part of it does."""
+    """Whether something is given up: tokens, or what they were to the bit; a composition gives up what its parts do."""
     if issubclass(method, Composition):
         return any(_is_lossy(type(part)) for part in method().parts())
     return not method.lossless_recall or (issubclass(method, Codec) and not method.exact)
