@@ -21,8 +21,10 @@ class Coding:
     dtype: torch.dtype
 
     def write(self, which: str, x: Tensor) -> Tensor:
-        """Keys ("k") or values ("v") x [N, d] as bytes [N, bytes]."""
-        return write(self.forms["kv".index(which)], x)
+        """Keys ("k") or values ("v") x [N, d] as bytes [N, bytes]: the parts of each token, one after the other."""
+        form = self.forms["kv".index(which)]
+        parts = form.encode(_tokens(x))
+        return torch.cat([parts[name].flatten(3)[0, 0].contiguous().view(torch.uint8) for name in form.spans], 1)
 
     def vectors(self, which: str, coded: Tensor) -> Tensor:
         """Keys or values [G, P, d] of bytes [G, P, bytes], in the type they had."""
@@ -30,7 +32,15 @@ class Coding:
         return form.epilogue(form.decode(stored).float(), stored).squeeze(1).to(self.dtype)
 
     def _stored(self, which: str, coded: Tensor) -> Stored:
-        return read(self.forms["kv".index(which)], coded, self.d if which == "k" else self.dv, self.dtype)
+        """Bytes [G, P, bytes] as a form reads them, parts [G, 1, P, ...]."""
+        form, d = self.forms["kv".index(which)], self.d if which == "k" else self.dv
+        parts, at = {}, 0
+        for name, (shape, kind, size) in _layout(form, d, self.dtype).items():
+            piece = coded[..., at : at + size].clone(memory_format=torch.contiguous_format).view(kind)  # aligned anew
+            parts[name] = piece.view(len(coded), 1, coded.shape[1], *shape)
+            at += size
+        slots = torch.arange(coded.shape[1], device=coded.device)
+        return Stored(1, parts, {}, slots, lambda span: slots, lambda: slots, None)
 
     def opened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A query [G, g, n, d] and bytes of keys and values [G, P, bytes] as attention meets them, fp32 vectors each."""
@@ -41,23 +51,6 @@ class Coding:
     def closed(self, out: Tensor, v: Tensor) -> Tensor:
         """An output [G, g, n, dv] of such values as the model expects it."""
         return self.forms[1].epilogue(out, self._stored("v", v[:, :0]))
-
-
-def write(form: Form, x: Tensor) -> Tensor:
-    """Tokens x [N, d] as bytes [N, bytes]: the parts of a form of single tokens, one after the other."""
-    parts = form.encode(_tokens(x))
-    return torch.cat([parts[name].flatten(3)[0, 0].contiguous().view(torch.uint8) for name in form.spans], 1)
-
-
-def read(form: Form, coded: Tensor, d: int, dtype: torch.dtype) -> Stored:
-    """Bytes [G, P, bytes] of vectors that had size d and the type given, as a form reads them: [G, 1, P, ...] each."""
-    parts, at = {}, 0
-    for name, (shape, kind, size) in _layout(form, d, dtype).items():
-        piece = coded[..., at : at + size].clone(memory_format=torch.contiguous_format).view(kind)  # aligned anew
-        parts[name] = piece.view(len(coded), 1, coded.shape[1], *shape)
-        at += size
-    slots = torch.arange(coded.shape[1], device=coded.device)
-    return Stored(1, parts, {}, slots, lambda span: slots, lambda: slots, None)
 
 
 def _tokens(x: Tensor) -> Tokens:

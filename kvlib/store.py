@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kvlib.policies.encoding import MERGED, SEGMENT, Form, Stored, Tokens
+from kvlib.policies.selection import SEGMENT as LONGEST  # merging makes no segment longer than a prompt's
 from kvlib.rows import Rows
 
 if TYPE_CHECKING:
     from kvlib.kernels.rotary import Rotary
 
 ALIKE = 8  # merged segments of equal length that become one
-LONGEST = 8192  # tokens of the longest segment that is encoded at once, or made by merging
 _Position = Callable[[Tensor], Tensor]  # slots -> positions
 
 
@@ -78,9 +78,9 @@ class Store:
             rows = rows[new]
         self._fitted = self._fitted.copy()
         self._fitted[rows] = True
-        index = torch.from_numpy(rows).to(self.device)
+        index, first = torch.from_numpy(rows).to(self.device), torch.from_numpy(self.counts[rows]).to(k.device)
         for (side, form), x in zip(self._sides(), (k, v), strict=True):
-            for part, found in form.fit(Tokens(x, position, self.rotary, {}, index)).items():
+            for part, found in form.fit(Tokens(x, position, self.rotary, {}, first)).items():
                 name, found = f"{side}.{part}", found.to(self.device)
                 old = self.fixed.get(name)
                 with torch.inference_mode(False):  # a copy: a snapshot may still read the old one
