@@ -5,7 +5,9 @@ OLDEST := 5.17.0
 # The tests' shapes are small: threads that wait for each other cost more than they bring, much more on a busy machine.
 test oldest full: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test oldest lint types full clean
+OLDEST_TRITON := 3.6.0
+
+.PHONY: setup demo test oldest lint types kernels kernels-all gpu full clean
 
 setup: .venv/.ready
 
@@ -42,8 +44,27 @@ lint: .venv/.ready
 types: .venv/.ready
 	$(BIN)/mypy -p kvlib
 
-full: .venv/.weights lint types test oldest
+# Triton kernels compiled for GPUs that need not be there: registers, spills, shared memory, the static roofline.
+kernels: .venv/.ready
+	$(BIN)/python -m kvlib.kernels.check
+
+.triton/.ready: .venv/.ready
+	rm -rf .triton
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .triton triton==$(OLDEST_TRITON)
+	touch $@
+
+kernels-all: .triton/.ready
+	$(BIN)/python -m kvlib.kernels.check --all
+	PYTHONPATH=.triton $(BIN)/python -c "import triton as t; assert t.__version__ == '$(OLDEST_TRITON)', t.__version__"
+	PYTHONPATH=.triton $(BIN)/python -m kvlib.kernels.check --all
+
+# On a machine with a GPU: the kernels' tests on it, then what they reach of its memory's speed, as JSON and plots.
+gpu:
+	$(PYTHON) -m pytest tests/kernels tests/offload tests/test_steady.py tests/hf/test_graph.py
+	$(PYTHON) -m bench.bench_gpu
+
+full: .venv/.weights lint types test oldest kernels-all
 	$(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf .venv .oldest build dist *.egg-info
+	rm -rf .venv .oldest .triton build dist *.egg-info

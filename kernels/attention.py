@@ -13,6 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvlib.kernels import fused, host
+from kvlib.kernels.decode import ROWS, decode, serves
+from kvlib.kernels.take import take
+
 # Elements of one block of scores: small enough to stay in a core's cache, large enough to keep the product efficient.
 _BLOCK_ELEMENTS = 2**22
 _BLOCK_ROWS = 64
@@ -73,6 +77,9 @@ def attention(
     q [B, Hq, n, d], k [B, H, T, d], v [B, H, T, dv] with Hq a multiple of H.  A row that sees no key gives (0, -inf), the
     identity of `merge`.  `probabilities` are to be had for n = 1 only.
     """
+    found = _by_kernel(q, k, v, scale, visible, softcap, probabilities)
+    if found is not None:
+        return found
     batch, q_heads, n, _ = q.shape
     heads, dv = k.shape[1], v.shape[-1]
     values = v.flatten(0, 1)
@@ -91,6 +98,57 @@ def attention(
     if lse:
         total = (lses[0] if len(lses) == 1 else torch.cat(lses, 2)).view(batch, q_heads, n)
     return Partial(out, total, p.view(batch, q_heads, -1) if probabilities else None)
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible, softcap: float | None, probabilities: bool
+) -> Partial | None:
+    """The same by a kernel of one pass, where there is one for it: few query rows, or a prompt without padding on a GPU."""
+    n, keys = q.shape[2], k.shape[2]
+    if visible.mask is not None or (visible.causal and visible.length is not None) or not keys:
+        return None
+    start, length = visible.start, visible.length
+    if visible.window is not None and visible.window < keys:
+        if n > 1 or not isinstance(visible.sink, int) or visible.sink:
+            return None
+        beyond = keys - visible.window
+        k, v = k[:, :, beyond:], v[:, :, beyond:]
+        start = None if start is None else (start - beyond).clamp_(min=0)
+        length = None if length is None else (length - beyond).clamp_(min=0)
+    if n * (q.shape[1] // k.shape[1]) > ROWS:
+        if probabilities or start is not None or length is not None or not fused.serves(q, k, v, softcap):
+            return None
+        out, lse = fused.fused(q, k, v, scale, softcap, visible.causal)
+        return Partial(out.float(), lse)
+    causal = visible.causal and n > 1
+    if q.is_cuda and not probabilities and serves(q, k, v):
+        count = length if start is None else (k.shape[2] if length is None else length) - start
+        count = None if count is None else count.clamp(min=0).int()
+        return Partial(*decode(q, k, v, scale, softcap or 0.0, causal, length=count, start=start))
+    if host.serves(q, k, v):
+        return Partial(
+            *host.decode(
+                q, k, v, scale, start=start, length=length, causal=causal, softcap=softcap, probabilities=probabilities
+            )
+        )
+    return None
+
+
+def attend_listed(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, scale: float, visible: Visible = EVERYTHING, softcap: float | None = None
+) -> Partial:
+    """Attention of q [B, Hq, n, d] over the entries ids [B, H', m] of k [B, H, T, d] and v [B, H, T, dv], H' as in `take`;
+    of `visible` its length [B] or [B, H'], or a bool mask [B, H', 1, m]."""
+    if host.serves(q, k, v) if not q.is_cuda else serves(q, k, v):
+        weight = None
+        if visible.mask is not None:
+            weight = torch.where(visible.mask[:, :, 0], 0.0, float("-inf"))
+        length = None if visible.length is None else visible.length.int()
+        return Partial(*decode(q, k, v, scale, softcap or 0.0, length=length, ids=ids, weight=weight))
+    k, v = (take(x, ids, k.shape[1]) for x in (k, v))
+    if visible.length is not None and visible.length.dim() > 1:
+        visible = Visible(mask=(torch.arange(ids.shape[-1], device=ids.device) < visible.length.unsqueeze(-1)).unsqueeze(2))
+    return attention(q, k, v, scale, visible, softcap)
 
 
 def attend_scores(s: Tensor, visible: Visible, softcap: float | None, heads: int) -> tuple[Tensor, Tensor]:

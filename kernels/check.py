@@ -21,7 +21,7 @@ from rich.table import Table
 from kvlib.kernels.aot import Needs, compiling, needs
 from kvlib.kernels.launch import Example
 
-MODULES = ("decode",)
+MODULES = ("decode", "merge", "pack", "gather_host", "bounds", "selection", "kmeans")
 CAPABILITIES = (80, 90)
 FEEDS = 16.5  # bytes per clock and multiprocessor: 4.3e12 / 132 / 1.98e9 of an H200
 

@@ -12,10 +12,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvlib.kernels import host
 from kvlib.kernels.launch import Example, cast, dot, find_row, first_item, jit, power, softcapped, softmax_step, tl
 from kvlib.kernels.ops import register
+from kvlib.kernels.take import take
 
-_ROWS = 64  # query rows (group x n) that one program attends
+ROWS = 64  # query rows (group x n) that one program attends; with more, products of blocks are as fast
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `decode_split` takes these: one floating type of at most 32 bits, heads of at most 256, contiguous last."""
+    alike = q.dtype == k.dtype == v.dtype and k.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return alike and max(k.shape[3], v.shape[3]) <= 256 and q.stride(3) == k.stride(3) == v.stride(3) == 1
 
 
 @jit(do_not_specialize=["rows", "n"])
@@ -266,7 +274,7 @@ def split_decode(
     if not whole:
         part = q.new_empty((items, group * n, dv), dtype=torch.float32)
         part_lse = q.new_empty((items, group * n), dtype=torch.float32)
-    block_m = min(_ROWS, max(16, power(group * n)))
+    block_m = min(ROWS, max(16, power(group * n)))
     r_block = power(rows)
     decode_split[(rows if whole else items, -(-group * n // block_m))](
         q,
@@ -368,22 +376,41 @@ def gathered_decode(
     if causal:
         seen = seen & (t < (held.view(batch, -1, 1, 1, 1) - (n - 1 - torch.arange(n, device=q.device)).view(-1, 1)))
     slot = slot.masked_fill(t >= held.view(batch, -1, 1), 0).long()
-    wide = lists // k.shape[1] or 1
-
-    def rows(x: Tensor) -> Tensor:
-        some = x.repeat_interleave(wide, 1) if wide > 1 else x
-        return some.gather(2, slot.unsqueeze(-1).expand(-1, -1, -1, x.shape[3])).unsqueeze(2)
-
     precision = torch.promote_types(q.dtype, torch.float32)
-    s = q.view(batch, lists, -1, n, d).to(precision) @ rows(k).to(precision).mT * scale
+    keys, values = (take(x, slot, k.shape[1]).unsqueeze(2).to(precision) for x in (k, v))
+    s = q.reshape(batch, lists, -1, n, d).to(precision) @ keys.mT * scale
     s = s.div_(softcap).tanh_().mul_(softcap) if softcap else s
     s = s if weight is None else s + weight.view(batch, lists, 1, 1, most)
     s = s.masked_fill_(~seen, float("-inf"))
     lse = s.logsumexp(-1)
     p = (s - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp_()
-    out = p @ rows(v).to(precision)
+    out = p @ values
     lse = lse if bias is None else lse + bias.view(batch, -1, 1, 1)
     return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+
+def _on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    most: int | None = None,
+    page: int = 1,
+    length: Tensor | None = None,
+    start: Tensor | None = None,
+    ids: Tensor | None = None,
+    indptr: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By the compiled loop where it takes such lists, else by gathering."""
+    plain = ids is not None and indptr is None and page == 1 and bias is None and not (causal and q.shape[2] > 1)
+    if plain and host.serves(q, k, v):
+        held = None if length is None else length.long()
+        return host.decode(q, k, v, scale, ids=ids, length=held, softcap=softcap or None, bias=weight)[:2]
+    return gathered_decode(q, k, v, scale, softcap, causal, most, page, length, start, ids, indptr, weight, bias)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *arguments: object, **options: object) -> tuple[Tensor, Tensor]:
@@ -395,7 +422,7 @@ decode = register(
     "decode(Tensor q, Tensor k, Tensor v, float scale, float softcap=0.0, bool causal=False, SymInt? most=None, "
     "int page=1, Tensor? length=None, Tensor? start=None, Tensor? ids=None, Tensor? indptr=None, Tensor? weight=None, "
     "Tensor? bias=None) -> (Tensor, Tensor)",
-    cpu=gathered_decode,
+    cpu=_on_cpu,
     cuda=split_decode,
     fake=_fake,
 )

@@ -13,11 +13,12 @@ from kvlib.recipe import Recipe, methods
 
 if TYPE_CHECKING:
     from kvlib.eval import evaluate
-    from kvlib.hf import Cache, detach, generate_speculative, patch
+    from kvlib.hf import Cache, CapturedDecode, detach, generate_speculative, patch
 
 
 __all__ = [
     "Cache",
+    "CapturedDecode",
     "Recipe",
     "RecipeError",
     "__version__",
@@ -44,7 +45,7 @@ def _transformers_problem() -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Cache", "detach", "evaluate", "generate_speculative", "patch"):
+    if name in ("Cache", "CapturedDecode", "detach", "evaluate", "generate_speculative", "patch"):
         problem = _transformers_problem()
         if problem:
             raise ImportError(f"kvlib.{name}: {problem}")

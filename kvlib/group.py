@@ -180,7 +180,8 @@ class HeadGroup:
             self.past = Past()  # a prompt's queries do not continue what was generated before it
         else:
             self.past = Past().where(new > 0, self.past)
-        observed = self.needs.mass and self.online and q.shape[2] == 1
+        # On a GPU a second pass over the keys is cheaper than attention without a kernel of one pass.
+        observed = self.needs.mass and self.online and q.shape[2] == 1 and not q.is_cuda
         kept = self.sink is not None or self.body is not None
         parts = [] if self.sink is None else [self.sink.attend(q, spec)]
         body = None
@@ -191,7 +192,7 @@ class HeadGroup:
         if body is not None:
             parts.append(body)
         tail = self.tail.attend(
-            q, spec, *self._band(prompt), lse=lse or kept or spec.sinks is not None, probabilities=observed
+            q, spec, *self.band(prompt), lse=lse or kept or spec.sinks is not None, probabilities=observed
         )
         merged = merge([*parts, tail], spec.sinks)
         if not observed:
@@ -204,7 +205,7 @@ class HeadGroup:
         assert body.p is not None and body.lse is not None
         return merged, (tail_mass, self.body.mass_of(body.p, (body.lse - merged.lse).exp()))
 
-    def _band(self, prompt: bool) -> tuple[int | None, int | Tensor]:
+    def band(self, prompt: bool) -> tuple[int | None, int | Tensor]:
         """What a query sees of the tail; rows whose sink has left it have none there."""
         window, sink = (None, 0) if self.evictor is None else self.evictor.band(prompt)
         if window is None or self.sink is None:
@@ -260,7 +261,7 @@ class HeadGroup:
             row = torch.arange(n, device=q.device)
             padding = row < torch.from_numpy(n - new).to(q.device)[:, None]
             lse = lse.masked_fill(padding[:, None], float("inf"))
-        tail = self.tail.column_mass(q, lse, self.spec, *self._band(prompt))
+        tail = self.tail.column_mass(q, lse, self.spec, *self.band(prompt))
         return tail, self.body.column_mass(q, lse, self.spec) if isinstance(self.body, Tiles) else None
 
     def add(self, tail: Tensor, body: Tensor | None) -> None:

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 
 from kvlib.home import FEW
-from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
+from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attend_listed, attention
 from kvlib.kernels.merge import merge
 from kvlib.kernels.selection import Listing, taken
 from kvlib.offload.resident import Resident, Traffic
 from kvlib.offload.transfer import stream
-from kvlib.policies.encoding import DENSE, Form, Stored, attend, attend_prepared, finished, prepared
+from kvlib.policies.encoding import (
+    DENSE,
+    Form,
+    Reading,
+    Stored,
+    attend,
+    attend_in_place,
+    attend_prepared,
+    finished,
+    prepared,
+)
 from kvlib.policies.selection import Past, Selector, Units
 from kvlib.policies.tier.host import Host
 from kvlib.ranked import DECODED, Query, Ranked
@@ -88,6 +98,11 @@ class Indexed(Ranked):
         """Attention of q [B, Hq, n, d] over everything; every query row sees all of it.  `store`: another view of it."""
         store = store or self.store
         there = self.away and q.shape[2] <= FEW
+        if q.shape[2] <= FEW and (there or not store.host):
+            length = None if (self.counts == self.counts[0]).all() else torch.from_numpy(self.counts)
+            found = self._in_place(store, q, spec, None, length)
+            if found is not None:
+                return found
         device = store.device if there else q.device
         parts, read = [], q.to(device)
         last: tuple[Stored, Stored] | None = None
@@ -160,6 +175,16 @@ class Indexed(Ranked):
             parts.append(self._estimate(query, *estimated, past.order, space))
         return parts, past if self.selector.remembers else kept
 
+    def read_steadily(self, query: Query, allowed: Tensor, held: Tensor, units: Tensor, most: int) -> Partial:
+        """`read` without the host: the `allowed` [B] best tokens, at most `most`, of rows that hold `held` [B] in `units`
+        [B]."""
+        index = self._index(slack=True)
+        room = next(iter(index.summary.values())).shape[2]
+        order = self._order(query, index, min(-(-most // self.selector.run), room) if self.selector.run else room, units)
+        space = torch.minimum(allowed, held).view(-1, 1, 1)
+        listing = self._list(order, space, most)
+        return self._on_device(self.store, query, listing, space, most)
+
     def _on_device(self, store: Store, query: Query, listing: Listing, room: Tensor | int, most: int) -> Partial:
         """Attention over the chosen tokens where all tokens are."""
         chosen = self._in_body(store, query, listing, room, most)
@@ -211,7 +236,7 @@ class Indexed(Ranked):
         width = min(most, fetch.most_missing * run + (0 if uncut else self.longest))
         first = late.int().argsort(dim=-1, descending=True, stable=True)[..., :width]
         where, ids = where[..., :most].gather(-1, first), ids[..., :most].gather(-1, first)
-        parts.append(self._over(store, query, ids, Visible(mask=late.gather(-1, first).unsqueeze(2)), where))
+        parts.append(self._over(store, query, ids, Visible(length=late.sum(-1)), where))
         return parts
 
     def _brought(self, where: Tensor, sides: str) -> dict[str, Tensor]:
@@ -220,10 +245,43 @@ class Indexed(Ranked):
         return {name: self.resident.take(name, where) for name in sorted(self.store.host) if name[0] in sides}
 
     def _over(self, store: Store, query: Query, ids: Tensor, visible: Visible, where: Tensor | None = None) -> Partial:
-        """Attention over the tokens `ids` of the body, of which those the host keeps stand at `where` in the slots."""
+        """Attention over the tokens `ids` of the body, of which those the host keeps stand at `where` in the slots;
+        `visible` may have a length for each head, [B, H]."""
+        pools = self._pools(store, slots=where is not None)
+        if pools is not None:
+            spec, at = query.spec, ids if where is None else where
+            return attend_listed(query.q, *pools, at, spec.scale, visible, spec.softcap)
+        if where is None and visible.mask is None:
+            found = self._in_place(store, query.q, query.spec, ids, visible.length)
+            if found is not None:
+                return found
         brought = None if where is None else self._brought(where, "kv")
         k, v = (store.take(side, ids, self._position, brought) for side in "kv")
+        if visible.length is not None and visible.length.dim() > 1:
+            visible = Visible(
+                mask=(torch.arange(ids.shape[-1], device=ids.device) < visible.length.unsqueeze(-1)).unsqueeze(2)
+            )
         return attend(store.forms, query.q, (k, v), query.spec.scale, visible, query.spec.softcap)
+
+    def _in_place(self, store: Store, q: Tensor, spec: Spec, ids: Tensor | None, length: Tensor | None) -> Partial | None:
+        """Attention over codes where they lie, of all tokens or of `ids`; None where no kernel reads them so."""
+        if store.pages or all(form.exact for form in store.forms):
+            return None
+        device = store.device
+        stored = store.whole("k", self._position), store.whole("v", self._position)
+        ids, length = (None if x is None else x.to(device) for x in (ids, length))
+        found = attend_in_place(store.forms, q.to(device), stored, Reading(ids, length, spec.scale, spec.softcap))
+        return None if found is None else _moved(found, q.device)
+
+    def _pools(self, store: Store, slots: bool) -> tuple[Tensor, Tensor] | None:
+        """Where keys and values lie as vectors, under the same ids, the `slots` or the body; None: they do not."""
+        if store.pages or not all(form.exact for form in store.forms):
+            return None
+        if not slots:
+            return store.own["k.x"], store.own["v.x"]
+        if self.resident is None or not {"k.x", "v.x"} <= store.host:
+            return None
+        return self.resident.buffer("k.x"), self.resident.buffer("v.x")
 
     def _estimate(self, query: Query, keys: Tensor, values: Tensor, order: Tensor, room: Tensor | int) -> Partial:
         """Attention over the units' means, each for as many tokens as are not read of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Layer:
         self.groups = list(groups)
         self.heads = list(heads)
         self._index: list[tuple[Tensor, Tensor]] | None = None  # per group (KV heads, query heads) on the device
-        self._inverse: Tensor | None = None
+        self.inverse: Tensor | None = None
         self.shape: tuple[int, int, int, int] | None = None  # batch, KV heads, d, dv
         self._permuted = False  # whether a chunk's columns were put in another order than the model's mask has them
 
@@ -145,14 +145,13 @@ class Layer:
         self, q: Tensor, k: Tensor, v: Tensor, count: np.ndarray | None, spec: Spec, recording: bool, drafts: int | None
     ) -> Tensor:
         outs = []
-        for group, (kv_heads, q_heads) in zip(self.groups, self._places(q.shape[1] // k.shape[1], q.device), strict=True):
-            own = spec if spec.sinks is None else replace(spec, sinks=spec.sinks[q_heads])
+        for group, (kv_heads, q_heads) in zip(self.groups, self.places(q.shape[1] // k.shape[1], q.device), strict=True):
             chunk = q[:, q_heads], k[:, kv_heads], v[:, kv_heads]
-            outs.append(group.forward(*chunk, count, own, recording, drafts))
-        assert self._inverse is not None
-        return torch.cat(outs, 1).index_select(1, self._inverse)
+            outs.append(group.forward(*chunk, count, spec.of_heads(q_heads), recording, drafts))
+        assert self.inverse is not None
+        return torch.cat(outs, 1).index_select(1, self.inverse)
 
-    def _places(self, per_kv: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    def places(self, per_kv: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Per group its (KV heads, query heads), `per_kv` query heads to a KV head, kept on the device."""
         if self._index is None or self._index[0][0].device != device:
             self._index = []
@@ -160,7 +159,7 @@ class Layer:
                 assert heads is not None
                 queries = (heads[:, None] * per_kv + np.arange(per_kv)).ravel()
                 self._index.append((torch.from_numpy(heads).to(device), torch.from_numpy(queries).to(device)))
-            self._inverse = torch.cat([queries for _, queries in self._index]).argsort()
+            self.inverse = torch.cat([queries for _, queries in self._index]).argsort()
         return self._index
 
     def finish_prefill(self) -> None:
@@ -199,7 +198,7 @@ class Layer:
     def copy(self, token_ids: TokenIds | None) -> Layer:
         """An independent layer in the same state, reading ids from `token_ids`."""
         twin = Layer([group.copy(token_ids) for group in self.groups], self.heads)
-        twin.shape, twin._index, twin._inverse = self.shape, self._index, self._inverse
+        twin.shape, twin._index, twin.inverse = self.shape, self._index, self.inverse
         twin._permuted = self._permuted
         return twin
 
@@ -213,7 +212,7 @@ class Layer:
         if len(self.groups) == 1:
             self.groups[0].adopt(read, None, None)
             return
-        for group, (kv_heads, q_heads) in zip(self.groups, self._places(per_kv, other.device), strict=True):
+        for group, (kv_heads, q_heads) in zip(self.groups, self.places(per_kv, other.device), strict=True):
             group.adopt(read, kv_heads, q_heads)
 
     @property
@@ -263,8 +262,8 @@ class Layer:
             for place, size in census.nbytes(group, used, seen).items():
                 total[place] = total.get(place, 0) + size
         index = [x for pair in self._index or [] for x in pair]
-        if self._inverse is not None:
-            index.append(self._inverse)
+        if self.inverse is not None:
+            index.append(self.inverse)
         place = ("device", "statistics")
         total[place] = total.get(place, 0) + sum(x.nbytes for x in index)
         return total

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.kernels.selection import Listing, list_runs, list_units, top, vote
+from kvlib.kernels.bounds import products
+from kvlib.kernels.selection import Listing, cut, list_runs, list_units, rank, top, vote
+from kvlib.kernels.take import take
 from kvlib.policies.encoding import Stored
-from kvlib.policies.selection import Index, Past, Selector, products
+from kvlib.policies.selection import Index, Past, Selector
 from kvlib.rows import Rows
 from kvlib.segment import Spec
-from kvlib.store import Store, take
+from kvlib.store import Store
 
 _KeysAt = Callable[[Tensor], Stored]  # columns [B, H', m] of a listing -> the keys there
 DECODED = (1024, 16384)  # tokens decoded at once: few enough for a core's cache, on a GPU enough to fill it
@@ -97,9 +99,16 @@ class Ranked:
             return -(-most // run)
         return int(self.units.counts.max())
 
-    def _index(self) -> Index:
-        summary = {name: self.units.live(name) for name in self.units.parts if name not in ("size", "start")}
-        size = self.units.live("size") if "size" in self.units.parts else None
+    def unit_counts(self) -> np.ndarray:
+        """Units of each row, per head, [B]."""
+        run = self.selector.run
+        return self.counts // run if run else self.units.counts
+
+    def _index(self, slack: bool = False) -> Index:
+        """What units are found by, of those there are, or with `slack` of all there is room for."""
+        held = {name: x if slack else self.units.live(name) for name, x in self.units.parts.items()}
+        summary = {name: x for name, x in held.items() if name not in ("size", "start")}
+        size = held.get("size")
         return Index(summary, size, self.fixed, self._products if self.selector.reads_keys else None)
 
     def _products(self, q: Tensor) -> Tensor:
@@ -116,39 +125,23 @@ class Ranked:
             return products(q, form.decode(k))
         return form.scores(form.prologue(q.float().unsqueeze(2), k), k)[:, :, 0]
 
-    def _order(self, query: Query, index: Index, k: int) -> Tensor:
-        """The k best units, [B, H', k]; H' is 1, the KV heads or the query heads, by the selector's scope."""
-        spec = query.spec
+    def _order(self, query: Query, index: Index, k: int, count: Tensor | None = None) -> Tensor:
+        """The k best units, [B, H', k]; H' is 1, the KV heads or the query heads, by the selector's scope.  `count` [B] are
+        the units of each row where the host may not say so."""
         s = self.selector.logits(query.scored, index)
-        s = self._scaled(s, spec) if self.selector.scaled else s
-        s = self._hide_absent(s, index)
-        if self.selector.scope == "query_head":
-            return top(s, k)
-        heads = 1 if self.selector.scope == "layer" else self.heads
-        rest = query.rest[:, :, 0] if query.rest is not None and self.selector.scaled else None
-        votes = vote(s, heads, rest, self.selector.loudest)  # an absent unit has none, and one without reads nothing
-        first = self.selector.always(index)
-        if first is None:
-            return top(votes, k)
-        first = self._hide_absent(first.float().masked_fill(~first, float("-inf")), index) > 0
-        return top(votes.masked_fill(first, float("inf")), k)
+        scaled, spec = self.selector.scaled, query.spec
+        scale, softcap = (spec.scale, spec.softcap or 0.0) if scaled else (1.0, 0.0)
+        rest = query.rest[:, :, 0] if query.rest is not None and scaled else None
+        if count is None and (self.unit_counts() < s.shape[-1]).any():
+            count = torch.from_numpy(self.unit_counts()).to(s.device)
+        heads = {"query_head": 0, "layer": 1}.get(self.selector.scope, self.heads)
+        always = self.selector.always(index)
+        return rank(s, k, heads, scale, softcap, self.selector.loudest, rest, count, index.size, always)
 
     def _scaled(self, s: Tensor, spec: Spec) -> Tensor:
         """Scores as the model's attention has them."""
         s = s.mul_(spec.scale)
         return s if spec.softcap is None else s.div_(spec.softcap).tanh_().mul_(spec.softcap)
-
-    def _hide_absent(self, s: Tensor, index: Index) -> Tensor:
-        """Set s [B, ., U] to -inf where a row has no such unit or the unit is empty."""
-        run = self.selector.run
-        units = self.counts // run if run else self.units.counts
-        if (units < s.shape[-1]).any():
-            count = torch.from_numpy(units).to(s.device).view(-1, 1, 1)
-            s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= count, float("-inf"))
-        if index.size is not None:
-            size = index.size if s.shape[1] != 1 else index.size.amax(1, keepdim=True)
-            s = s.masked_fill((size == 0).repeat_interleave(s.shape[1] // size.shape[1], 1), float("-inf"))
-        return s
 
     def _list(self, order: Tensor, room: Tensor | int, most: int) -> Listing:
         """The tokens of the best units."""
@@ -160,7 +153,7 @@ class Ranked:
 
     def _sizes(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """Start and size of every unit, for each list of `order`."""
-        start, size = self.units.live("start"), self.units.live("size")
+        start, size = self.units.parts["start"], self.units.parts["size"]
         if order.shape[1] < start.shape[1]:  # one list for the layer: its heads have the same units
             return start[:, :1], size[:, :1]
         if order.shape[1] > start.shape[1]:
@@ -203,6 +196,9 @@ class Ranked:
         ids = listing.ids
         if not self._cuts(listing, room):
             return ids[..., :most]
+        keys, spec = store.own.get("k.x"), query.spec
+        if keys is not None and keys.device == query.q.device:  # vectors, and not in pages
+            return cut(query.q[:, :, 0], keys, listing, spec.scale, spec.softcap or 0.0, most, self.longest)
 
         def keys_at(columns: Tensor) -> Stored:
             return store.take("k", ids.gather(-1, columns), self._position)

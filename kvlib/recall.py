@@ -50,7 +50,7 @@ def attend(group: HeadGroup, q: Tensor, spec: Spec, new: np.ndarray | None, lse:
         if group.draft is not None:
             group.draft.pasts.extend([group.past] * q.shape[2])
         return merge([*parts, body.attend(q, spec, store)] if isinstance(body, Indexed) else parts, spec.sinks)
-    rest = None if body is None else _lse_of(parts, spec)
+    rest = None if body is None else lse_of(parts, spec)
     rows, n = [], q.shape[2]
     for j in range(n):  # more than one row only while drafts are verified: each selects as if it came alone
         later = n - 1 - j
@@ -80,7 +80,7 @@ def room(group: HeadGroup) -> np.ndarray:
     return left
 
 
-def _lse_of(parts: list[Partial], spec: Spec) -> Tensor:
+def lse_of(parts: list[Partial], spec: Spec) -> Tensor:
     """Log-sum-exp [B, Hq, n] of several parts and a model's own sinks."""
     lses = [part.lse for part in parts if part.lse is not None]
     if spec.sinks is not None:

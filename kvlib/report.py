@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
+
+from kvlib.kernels import fused, host
 
 if TYPE_CHECKING:
     from kvlib.hf import Cache
@@ -26,10 +29,23 @@ def report(cache: Cache) -> str:
     lines += _selection(cache)
     if cache.table is not None:
         lines.append(_heads(cache))
-    lines.append(
-        "ran         attention, merge, column mass, selection, codecs: torch reference (no Triton kernels in this version)"
-    )
+    lines += _ran(cache)
     return "\n".join(lines)
+
+
+def _ran(cache: Cache) -> list[str]:
+    """Which kernels serve the devices the layers live on."""
+    devices = {layer.store.device for layer in cache.managed if layer.store.shape is not None}
+    lines = []
+    if any(device.type == "cuda" for device in devices):
+        names = ", ".join(sorted({torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"}))
+        lines.append(f"ran         on {names}: Triton {version('triton')}; prompts by {fused.describe()}")
+    attends = cache.recipe.tier is not None and cache.recipe.tier.attend
+    if attends or any(device.type == "cpu" for device in devices):
+        lines.append(
+            f"ran         on the CPU: decode attention by {host.describe()}; prompts, selection and encoding by torch"
+        )
+    return lines
 
 
 def _tokens(cache: Cache) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
 from kvlib.kernels.column_mass import column_mass
+from kvlib.kernels.decode import ROWS, decode, serves
 from kvlib.kernels.merge import merge_segments
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ class Spec:
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    def of_heads(self, q_heads: Tensor) -> Spec:
+        """The same for some of the query heads."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[q_heads])
 
 
 def slack(tokens: int) -> int:
@@ -278,6 +284,9 @@ class Tiles:
         [G, g, P], normalised over the kept tokens of their head."""
         if self.home is not None:
             return self.home.attend(self, q, spec, probabilities)
+        few = q.shape[2] * (q.shape[1] // self.counts.shape[1]) <= ROWS
+        if q.is_cuda and few and not probabilities and self.coding is None and serves(q, self.k[:, None], self.v[:, None]):
+            return self.attend_ranges(q, spec)
         k, v, q_in = self.k[:, None], self.v[:, None], self._tiled(q)
         if self.coding is not None:
             q_in, k, v = self.coding.opened(q_in, self.k, self.v)
@@ -294,6 +303,18 @@ class Tiles:
             lse = total
         return Partial(out.view(*q.shape[:3], out.shape[-1]), lse.view(q.shape[:3]), p)
 
+    def attend_ranges(self, q: Tensor, spec: Spec) -> Partial:
+        """`attend` for few query rows, each head's tokens as one range of slots."""
+        k, v, _ = self.ranges()
+        start, length = self._ranges_on_device
+        most = int(self.counts.max(initial=0))
+        return Partial(*decode(q, k, v, spec.scale, spec.softcap or 0.0, most=most, length=length, start=start))
+
+    @cached_property
+    def _ranges_on_device(self) -> tuple[Tensor, Tensor]:
+        device = self.k.device
+        return torch.from_numpy(self.ranges()[2]).to(device), torch.from_numpy(self.counts).int().to(device)
+
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec) -> Tensor:
         """Probability collected by each slot, [G, P]."""
         if self.home is not None:
@@ -308,14 +329,19 @@ class Tiles:
         held: Tensor = getattr(self, which)
         return held if self.coding is None else self.coding.vectors(which, held)
 
+    def ranges(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """All tiles as one pool k [B, H, G * P, d] and v, and the first slot [B, H] of each head; its tokens follow it."""
+        if self.segment is None:
+            first = np.arange(self.counts.size) * self.k.shape[1]
+        else:
+            first = _tile_offsets(self.counts)[:-1] * TILE
+        k, v = (x.flatten(0, 1).expand(*self.counts.shape, -1, -1) for x in (self.k, self.v))
+        return k, v, first.reshape(self.counts.shape)
+
     def slots(self) -> Tensor:
         """Flat slot of each kept token, [B, H, max count], -1 past a head's count."""
-        most = int(self.counts.max(initial=0))
-        place = np.arange(most)
-        if self.segment is None:
-            first = np.arange(self.counts.size).reshape(self.counts.shape) * self.k.shape[1]
-        else:
-            first = _tile_offsets(self.counts)[:-1].reshape(self.counts.shape) * TILE
+        place = np.arange(int(self.counts.max(initial=0)))
+        first = self.ranges()[2]
         flat = np.where(place < self.counts[..., None], first[..., None] + place, -1)
         return torch.from_numpy(flat).to(self.k.device)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.kernels.take import take
 from kvlib.policies.encoding import MERGED, SEGMENT, Form, Stored, Tokens
 from kvlib.policies.selection import SEGMENT as LONGEST  # merging makes no segment longer than a prompt's
 from kvlib.rows import Rows
@@ -212,6 +213,17 @@ class Store:
 
         return self._stored(side, cut, self.heads, slots, slots.view(1, 1, -1), position)
 
+    def whole(self, side: str, position: _Position) -> Stored:
+        """Keys ("k") or values ("v") of the longest row's slots, the parts as they lie."""
+        most = int(self.counts.max())
+        slots = torch.arange(most, device=self.device)
+        parts = {
+            name: self.rows[span].parts[f"{side}.{name}"][:, :, : most // span if span > 0 else self._segments(span)]
+            for name, span in self.forms["kv".index(side)].spans.items()
+        }
+        segment, where = partial(self._segment_of, slots.view(1, 1, -1)), partial(position, slots.view(1, 1, -1))
+        return Stored(self.heads, parts, self._of(side, self.fixed), slots, segment, where, self.rotary)
+
     def _only(self, span: int, lo: int, hi: int) -> int | None:
         """The one segment in which slots lo .. hi - 1 lie in all rows that have them, None if there is none."""
         if span not in self.borders:
@@ -322,15 +334,6 @@ class Store:
                 tier = "host" if name in held.host else "device"
                 sizes[tier] = sizes.get(tier, 0) + held.used(name)
         return sizes
-
-
-def take(x: Tensor, ids: Tensor, heads: int) -> Tensor:
-    """Entries ids [B, H', m] of x [B, heads or 1, T, ...]: [B, max(heads, H'), m, ...]."""
-    batch, lists, m = ids.shape
-    wide = max(lists, heads)
-    head = torch.arange(batch * wide, device=ids.device).view(batch, wide, 1) // (wide // x.shape[1])
-    flat = (head * x.shape[2] + ids).flatten()
-    return x.flatten(0, 2).index_select(0, flat).view(batch, wide, m, *x.shape[3:])
 
 
 def _widened(x: Tensor, heads: int) -> Tensor:

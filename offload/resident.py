@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvlib.kernels.gather_host import gather_host
 from kvlib.offload.transfer import Fetch, Lane, as_rows
 
 
@@ -85,14 +86,19 @@ class Resident:
         runs = runs + 1 if valid is None else torch.where(valid, runs + 1, 0)
         hits = self._slot_of.gather(-1, runs).long()
         with lane.work():
-            wanted, place = self._admit(runs, hits)
-            complete, orders = hits + place, lane.to_host(torch.stack((wanted, place)))
+            wanted, place, most = self._admit(runs, hits)
+            complete = hits + place
+            if most:
+                missing, slots = (x.flatten(0, 1) for x in (wanted - 1, place))
+                # No hit is a victim of its own fetch: what reads hits meanwhile is not waited for.
+                for source, target in moves:
+                    gather_host(source, target, missing, slots)
         lane.share(runs, hits)
-        self._pending = Fetch(hits, complete, orders, moves, lane)
+        self._pending = Fetch(hits, complete, most, lane)
         return self._pending
 
     def _moves(self, parts: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Host and device tensors as rows of one run each."""
+        """Host and device tensors as rows of one run each, [B * H, ., words]."""
         if parts.keys() != self._store.keys():
             raise ValueError(f"room was made for {[*self._store]}, not for {[*parts]}")
         for name, x in parts.items():
@@ -103,8 +109,9 @@ class Resident:
         with torch.inference_mode(False):  # else the views were inference tensors, which only that mode may write
             return [(as_rows(x, self.run), as_rows(self._store[name], self.run)) for name, x in parts.items()]
 
-    def _admit(self, runs: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
-        """Mark the hits as used and hand slots to the misses: the runs that miss and their slots, both 0 elsewhere."""
+    def _admit(self, runs: Tensor, hits: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Mark the hits as used and hand slots to the misses: the runs that miss and their slots, both 0 elsewhere, and
+        what no (row, head) misses more than."""
         self._clock += 1
         now = self._clock << 32
         miss = (runs > 0) ^ (hits > 0)
@@ -121,7 +128,7 @@ class Resident:
         self._used.scatter_(-1, place, place + now)
         self.hits += (hits > 0).sum()
         self.misses += miss.sum()
-        return wanted, place
+        return wanted, place, most
 
     def settle(self) -> None:
         """Let go of the last fetch.  Its misses count as resident already, so it is finished first if nobody waited."""
@@ -141,6 +148,10 @@ class Resident:
         head = torch.arange(store.shape[0] * store.shape[1], device=slots.device).view(*store.shape[:2], 1)
         index = torch.add(slots, head, alpha=store.shape[2])
         return store.flatten(0, 2).index_select(0, index.flatten()).view(*slots.shape, *store.shape[3:])
+
+    def buffer(self, name: str) -> Tensor:
+        """A part's token slots [B, H, slots, ...]."""
+        return self._store[name]
 
     def _drop(self, gone: Tensor) -> None:
         """Empty the slots marked in gone [B, H, 1 + room]; they are the first to be filled again."""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Host storage for a layer that lives on `device`, page-locked where that is a GPU, so that copies overlap with
-    computing; never an inference tensor, so that it can be written in any later mode."""
+    computing and kernels of the lane can read it; never an inference tensor, so that any later mode can write it."""
     with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
+        host = torch.empty(shape, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
+    Lane.of(device).share_host(host)
+    return host
 
 
 class Lane:
@@ -24,7 +26,8 @@ class Lane:
     Two streams see each other's results only through events, and the allocator gives a freed block back to the stream it
     came from without asking the other one.  Hence three rules: work on the lane starts after what the current stream was
     given before (`work`), the current stream reads the lane's results only after `join`, and a tensor that both streams
-    touch is named to `share`.  Page-locked memory needs no such care: its allocator remembers the copies it is part of.
+    touch is named to `share`.  Page-locked memory needs no such care: its allocator remembers the copies it is part of and,
+    of memory from `host_empty`, the lane, whose kernels read it too.
     """
 
     _of: ClassVar[dict[torch.device, Lane]] = {}
@@ -61,11 +64,6 @@ class Lane:
         """The point which the lane will have reached when all that it was given so far is done."""
         return None if self.stream is None else self.stream.record_event()
 
-    def reach(self, mark: torch.cuda.Event | None) -> None:
-        """Let the host wait for the lane to reach `mark`."""
-        if mark is not None:
-            mark.synchronize()
-
     def join(self, mark: torch.cuda.Event | None) -> None:
         """Let the current stream wait for the lane to reach `mark`; the host does not wait."""
         if mark is not None:
@@ -78,23 +76,19 @@ class Lane:
                 tensor.record_stream(self.stream)
                 tensor.record_stream(torch.cuda.current_stream(self.device))
 
-    def to_host(self, x: Tensor) -> Tensor:
-        """x in host memory, to be called inside `work`; to be read once the host has seen the lane `reach` a later mark."""
-        if self.stream is None:
-            return x
-        host = host_empty(tuple(x.shape), x.dtype, self.device)
-        return host.copy_(x, non_blocking=True)
-
-    def to_device(self, x: Tensor) -> Tensor:
-        """x, storage from `host_empty`, on the device, to be called inside `work`."""
-        return x.to(self.device, non_blocking=True)
+    def share_host(self, x: Tensor) -> None:
+        """Keep page-locked memory from being reused, once it is freed, before the lane is done with what it was given till
+        then: its allocator waits for the streams of copies, of which this makes one, but knows nothing of kernels."""
+        if self.stream is not None and x.numel():
+            with self.work(ordered=False):
+                x.view(-1)[:1].to(self.device, non_blocking=True)
 
 
 def as_rows(x: Tensor, run: int) -> Tensor:
-    """Contiguous x [B, H, cap, ...] as rows of `run` tokens, in words of 16 bytes where a row is made of such: the CPU
-    copies rows word by word, so fp32 goes three times faster and bf16 more."""
-    rows = x.view(-1, run * prod(x.shape[3:]))
-    return rows.view(torch.complex128) if rows.shape[1] * x.itemsize % 16 == 0 else rows
+    """Contiguous x [B, H, cap, ...] as rows of `run` tokens [B * H, cap / run, words], in words of 16 bytes where a row is
+    made of such: the CPU copies rows word by word, so fp32 goes three times faster and bf16 more."""
+    rows = x.view(x.shape[0] * x.shape[1], x.shape[2] // run, run * prod(x.shape[3:]))
+    return rows.view(torch.complex128) if rows.shape[2] * x.itemsize % 16 == 0 else rows
 
 
 def stream(
@@ -152,52 +146,21 @@ class Fetch:
     """Runs on their way to the device: the hits can be read at once, all of them after `wait`.
 
     slots [B, H, a] int64 holds the slot of each run: 0, a blank run, where it is not valid or, before `wait`, not a hit.
-    hit [B, H, a] bool.  Until `wait` the host's buffers must not be written and no other slots be read.
+    hit [B, H, a] bool.
+    most_missing: no (row, head) misses more runs.  On the CPU the largest number that one does miss; on a GPU all that were
+        asked for, since the host never waits to learn what missed.
+
+    Until `wait` no other slots may be read.  The host's buffers may be written by what the current stream is given after
+    `wait`, and by the host itself once it has waited for that.
     """
 
-    def __init__(self, hits: Tensor, complete: Tensor, orders: Tensor, moves: list[tuple[Tensor, Tensor]], lane: Lane):
-        """Slots of the hits and of all runs; `orders` [2, B, H, a], on the host once the lane has come this far: each
-        missing run, counted from 1, and its slot, both 0 elsewhere; `moves`: from these rows to those, a row a run."""
-        self.slots, self.hit, self._complete = hits, hits > 0, complete
-        self._orders, self._moves = orders, moves
-        self._lane, self._mark = lane, lane.mark()
-        self._most: int | None = None
-
-    @property
-    def most_missing(self) -> int:
-        """The largest number of misses in one (row, head).  The host waits for the ids that a GPU sends it, so ask when
-        the work on the hits has been issued."""
-        if self._most is None:
-            self._lane.reach(self._mark)
-            self._most = int(self._orders[0].count_nonzero(-1).max())
-            if self._most:
-                self._copy()
-            self._moves = []
-        return self._most
+    def __init__(self, hits: Tensor, complete: Tensor, most_missing: int, lane: Lane):
+        """Slots of the hits, and those of all runs, which are filled once the lane has come this far."""
+        self.slots, self.hit, self.most_missing = hits, hits > 0, most_missing
+        self._complete, self._lane, self._mark = complete, lane, lane.mark()
 
     def wait(self) -> None:
-        """Let the current stream wait for the copies, so that `slots` are right for misses too.  The host waits for the
-        ids, as in `most_missing`, but never for a copy."""
-        if self.most_missing:
-            self._lane.join(self._mark)
+        """Let the current stream wait for the copies, so that `slots` are right for misses too; the host does not wait."""
+        self._lane.join(self._mark)
         self._lane.share(self._complete)
         self.slots = self._complete
-
-    def _copy(self) -> None:
-        """Gather the missing runs on the host, send them, and put them into their slots."""
-        _, batch, heads, asked = self._orders.shape
-        wanted, place = self._orders.flatten(1)
-        missing = wanted.nonzero().flatten()
-        head, run, slot = missing // asked, wanted[missing] - 1, place[missing]
-        # Not after the current stream, which reads hits meanwhile: no hit is a victim of its own fetch.
-        lane = self._lane
-        with lane.work(ordered=False):
-            places = host_empty(slot.shape, slot.dtype, lane.device)
-            torch.add(slot, head, alpha=len(self._moves[0][1]) // (batch * heads), out=places)
-            places = lane.to_device(places)
-            for source, target in self._moves:
-                rows = torch.add(run, head, alpha=len(source) // (batch * heads))
-                staged = host_empty((len(rows), source.shape[1]), source.dtype, lane.device)
-                torch.index_select(source, 0, rows, out=staged)
-                target.index_copy_(0, places, lane.to_device(staged))
-        self._mark = lane.mark()

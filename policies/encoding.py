@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attend_scores, attention
+from kvlib.kernels.codes import Codes, attend_codes
 from kvlib.policies.base import Method, check_whole
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ class Tokens:
     fixed: Mapping[str, Tensor]
     first: Tensor
     fresh: bool = True
+
+
+class Reading(NamedTuple):
+    """Which of a body's tokens are read, and how: the slots ids [B, H', m] (None: all, from the first on), of each row the
+    first length [B] (None: all), scale and softcap."""
+
+    ids: Tensor | None
+    length: Tensor | None
+    scale: float
+    softcap: float | None
 
 
 class Stored:
@@ -166,6 +177,16 @@ class Form(ABC):
         """An output [B, Hq, n, d] of stored values as the model expects it."""
         return out
 
+    def in_place(self, stored: Stored) -> Tensor | Codes | None:
+        """All that a body holds as a kernel reads it where it lies; None: it has to be decoded first."""
+        return None
+
+    def attend(self, values: Form, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
+        """Attention of a query after `prologue` over keys so kept and `values`, read where they lie, before `epilogue`;
+        None: there is no kernel for it."""
+        k, v = self.in_place(stored[0]), values.in_place(stored[1])
+        return None if k is None or v is None else attend_codes(q, k, v, *reading)
+
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """Products q.k [B, Hq, n, m] fp32 with stored keys, q having gone through `prologue`."""
         return grouped(q, self.decode(stored).mT)
@@ -224,6 +245,10 @@ class Dense(Form):
         """As they were."""
         return stored.parts["x"]
 
+    def in_place(self, stored: Stored) -> Tensor:
+        """As they are."""
+        return stored.parts["x"]
+
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """d values."""
         return d * itemsize
@@ -243,6 +268,14 @@ def attend(
     """Attention of q [B, Hq, n, d] over stored tokens, keys and values each in a form of its own."""
     read = prepared(forms, q, stored[0])
     return finished(forms, attend_prepared(forms, read, stored, scale, visible, softcap), stored[1])
+
+
+def attend_in_place(forms: tuple[Form, Form], q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
+    """`attend` of few query rows over a whole body's parts, none of which is moved or decoded; None: there is no kernel."""
+    if _exact(forms) or q.shape[2] > FEW:
+        return None
+    found = forms[0].attend(forms[1], prepared(forms, q, stored[0]), stored, reading)
+    return None if found is None else finished(forms, found, stored[1])
 
 
 def prepared(forms: tuple[Form, Form], q: Tensor, k: Stored) -> Tensor:

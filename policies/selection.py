@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SEGMENT = 8192  # most prompt tokens that fitted units are fitted to at once: keeps the cost of fitting linear
-_LONG = 512  # units from which a CPU multiplies them from the left
 SCOPES = ("kv_head", "layer", "query_head")
 
 
@@ -297,20 +296,3 @@ class Everything(Selector):
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine [B] of two queries [B, Hq, d], all heads together."""
     return torch.nn.functional.cosine_similarity(a.flatten(1).float(), b.flatten(1).float(), dim=1)
-
-
-def products(q: Tensor, x: Tensor) -> Tensor:
-    """q [B, Hq, d] times x [B, H, U, d] of each query head's KV head: [B, Hq, U] fp32."""
-    batch, q_heads, d = q.shape
-    heads, units = x.shape[1:3]
-    q = q.reshape(batch * heads, q_heads // heads, d).to(x.dtype)
-    x = x.flatten(0, 1)
-    if q.is_cuda and q.dtype != torch.float32:
-        s = torch.bmm(q, x.transpose(1, 2), out_dtype=torch.float32)
-    elif units >= _LONG and q.dtype == torch.float32 and not q.is_cuda:
-        s = (
-            torch.bmm(x, q.transpose(1, 2)).transpose(1, 2).contiguous()
-        )  # half the time where the units are not in the cache
-    else:
-        s = torch.bmm(q, x.transpose(1, 2)).float()
-    return s.view(batch, q_heads, units)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -110,6 +112,9 @@ def test_tiles_hold_any_count_per_head_and_attend_exactly(wanted, seed):
     part = tiles.attend(q, spec)
     torch.testing.assert_close(part.out.double(), out, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(part.lse.double(), lse, atol=1e-5, rtol=1e-5)
+    for other in (tiles.attend_ranges(q, spec), replace(tiles, k=tiles.k.clone()).attend_ranges(q, spec)):
+        torch.testing.assert_close(other.out, part.out, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(other.lse, part.lse, atol=1e-6, rtol=1e-5)
     mass = tiles.column_mass(q, part.lse, spec).flatten()
     single = tiles.attend(q[:, :, :1], spec, probabilities=True)
     alone = tiles.mass_of(single.p, torch.ones(2, 4, 1)).flatten()

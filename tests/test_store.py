@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 import kvlib
 from kvlib.kernels.rotary import Rotary
+from kvlib.kernels.take import take
 from kvlib.policies.encoding import MERGED, PATCH, SEGMENT, Dense, Form
 from kvlib.policies.notation import method_of
 from kvlib.segment import slack
-from kvlib.store import ALIKE, LONGEST, Store, take
+from kvlib.store import ALIKE, LONGEST, Store
 
 BATCH, HEADS, GROUP, D = 3, 2, 2, 16
 ROTARY = Rotary((1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003))

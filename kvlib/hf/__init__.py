@@ -6,8 +6,9 @@ handle on the key tensor, where queries, scale and padding mask are known, and l
 
 from kvlib.hf.attach import detach
 from kvlib.hf.cache import Cache, patch
+from kvlib.hf.graph import CapturedDecode
 from kvlib.hf.probe import induction_gates
 from kvlib.hf.prompt import Prompt
 from kvlib.hf.speculate import Speculation, generate_speculative
 
-__all__ = ["Cache", "Prompt", "Speculation", "detach", "generate_speculative", "induction_gates", "patch"]
+__all__ = ["Cache", "CapturedDecode", "Prompt", "Speculation", "detach", "generate_speculative", "induction_gates", "patch"]

@@ -16,6 +16,7 @@ from kvlib.segment import Spec
 
 if TYPE_CHECKING:
     from kvlib.hf.cache import Cache
+    from kvlib.steady import Steady
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -34,6 +35,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = 0  # columns that went through, padding included: what generate() calls the length
         self.record_past = False
         self._parked: tuple[Tensor, Tensor] | None = None
+        self.steady: Steady | None = None  # what takes the step instead, while one is recorded
 
     def copy(self, owner: Cache, token_ids: TokenIds | None) -> CacheLayer:
         """An independent layer in the same state, of another cache."""
@@ -97,6 +99,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if module.training:
             raise RuntimeError("kvlib caches do not train: call model.eval() first")
         (k, v), self._parked = self._parked, None
+        if self.steady is not None:  # the host follows afterwards
+            return self.steady.step(q, k, v, spec).transpose(1, 2).contiguous()
         new = self._new_tokens(mask, q.shape[2])
         drafts = self._drafts(q.shape[2]) if self.record_past else None
         out = self.store.forward(q, k, v, new, spec, self.record_past, drafts)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from kvlib.kernels.codes import Codes, code_scores, code_sums
 from kvlib.kernels.quantise import pack, unpack
 from kvlib.policies.base import RecipeError, check_whole, register
 from kvlib.policies.codec.uniform import Uniform
@@ -47,6 +49,30 @@ class Planes(Uniform):
         codes = parts["codes"]
         planes = {"upper": pack(codes >> 4, 4), "lower": pack(codes & 15, 4), "range": parts["range"]}
         return {name: planes[name] for name in self.spans}
+
+    def in_place(self, stored: Stored) -> Codes | None:
+        """The upper plane; no kernel reads two at once."""
+        return None if self.read == 2 or self._apart(stored) else self._planes(stored)[0]
+
+    def _planes(self, stored: Stored) -> list[Codes]:
+        """The planes that are read as codes of 4 bits, of which the sum of the values is the token's."""
+        found = stored.parts["range"]
+        scale, least = found.select(3, 0), found.select(3, 1)
+        span = self._span(stored.parts["upper"].shape[2])
+        if self.read == 1:
+            return [Codes(stored.parts["upper"], torch.stack([16 * scale, least + 7.5 * scale], 3), 4, span)]
+        upper, lower = torch.stack([16 * scale, least], 3), torch.stack([scale, torch.zeros_like(least)], 3)
+        return [Codes(stored.parts["upper"], upper, 4, span), Codes(stored.parts["lower"], lower, 4, span)]
+
+    def scores(self, q: Tensor, stored: Stored) -> Tensor:
+        """Of each plane, added up."""
+        found = None if self._apart(stored) else code_scores(q, self._planes(stored))
+        return super().scores(q, stored) if found is None else found
+
+    def weighted_sum(self, p: Tensor, stored: Stored) -> Tensor:
+        """Of each plane, added up."""
+        found = None if self._apart(stored) else code_sums(p, self._planes(stored))
+        return super().weighted_sum(p, stored) if found is None else found
 
     def decode(self, stored: Stored) -> Tensor:
         """The tokens [B, H, m, d] fp32, by as many planes as are read."""

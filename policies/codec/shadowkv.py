@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvlib.kernels.bounds import bounds
 from kvlib.kernels.low_rank import row_space
 from kvlib.kernels.quantise import folded
 from kvlib.policies.base import Composition, Method, RecipeError, check_whole, register
 from kvlib.policies.encoding import DENSE, PATCH, Codec, Form, Stored, Tokens
-from kvlib.policies.selection import Block, Index, Selector, Units, products
+from kvlib.policies.selection import Block, Index, Selector, Units
 from kvlib.policies.tier.host import Host
 
 _NOWHERE = torch.iinfo(torch.int32).max
@@ -205,7 +206,7 @@ class Landmarks(Selector):
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """Products with the landmarks."""
-        return products(q, index.summary["landmark"])
+        return bounds(q, index.summary["landmark"])
 
     def always(self, index: Index) -> Tensor | None:
         """Chunks that stand out."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvlib.kernels.codes import Codes, code_scores, code_sums
 from kvlib.kernels.hadamard import rotate, rotate_back
-from kvlib.kernels.quantise import decode, encode, folded, pack, ranges, unpack
+from kvlib.kernels.pack import pack_codes
+from kvlib.kernels.quantise import decode, folded, unpack
 from kvlib.policies.base import RecipeError
 from kvlib.policies.encoding import SEGMENT, Form, Stored, Tokens
 
@@ -63,24 +65,16 @@ class Uniform(Form):
         return self.quantise(self.prepared(tokens))
 
     def prepared(self, tokens: Tokens) -> Tensor:
-        """The tokens as they are quantised, fp32."""
-        x = tokens.x.float()
+        """The tokens as they are quantised, in fp32 or as they came."""
+        x = tokens.x
         if self.smooth:
-            x = x / tokens.fixed["smooth"].float()
+            x = x.float() / tokens.fixed["smooth"].float()
         return rotate(x) if self.rotated else x
 
     def quantise(self, x: Tensor) -> dict[str, Tensor]:
-        """Codes and ranges of x [R, H, m, d] fp32."""
-        grouped, dim = self._grouped(x)
-        scale, least = ranges(grouped, self.bits, dim)
-        codes = encode(grouped, self.bits, scale, least).view(x.shape)
-        return {"codes": pack(codes, self.bits), "range": torch.stack([scale, least], 3).squeeze(dim + 1)}
-
-    def _grouped(self, x: Tensor) -> tuple[Tensor, int]:
-        """x [R, H, m, d] with an axis for the members of each group, and which axis that is."""
-        if self.per_channel:
-            return folded(x, 2, self.group or x.shape[2]), 3
-        return folded(x, 3, self._channels(x.shape[3])), 4
+        """Codes and ranges of x [R, H, m, d] of any float dtype."""
+        codes, found = pack_codes(x, self.bits, self.group, self.per_channel)
+        return {"codes": codes, "range": found}
 
     def _channels(self, d: int) -> int:
         """Channels that share a range, where tokens do not."""
@@ -101,6 +95,33 @@ class Uniform(Form):
         """The tokens [B, H, m, d] fp32."""
         codes = unpack(stored.parts["codes"], self.bits)
         return self._levels(codes, self._ranges(stored))
+
+    def in_place(self, stored: Stored) -> Codes | None:
+        """The codes, where every token's range follows from its place alone."""
+        codes, found = stored.parts["codes"], stored.parts["range"]
+        if self.bits not in (2, 4, 8) or self._apart(stored):
+            return None
+        return Codes(codes, found, self.bits, self._span(codes.shape[2]))
+
+    def _apart(self, stored: Stored) -> bool:
+        """Whether a token's range does not follow from its place: tokens picked one by one, or of several segments."""
+        return self.per_channel and (stored.slots.dim() > 1 or (not self.group and stored.parts["range"].shape[2] > 1))
+
+    def scores(self, q: Tensor, stored: Stored) -> Tensor:
+        """From the codes, where a kernel reads them."""
+        codes = self.in_place(stored)
+        found = None if codes is None else code_scores(q, [codes])
+        return super().scores(q, stored) if found is None else found
+
+    def weighted_sum(self, p: Tensor, stored: Stored) -> Tensor:
+        """From the codes, where a kernel reads them."""
+        codes = self.in_place(stored)
+        found = None if codes is None or self.per_channel else code_sums(p, [codes])
+        return super().weighted_sum(p, stored) if found is None else found
+
+    def _span(self, tokens: int) -> int:
+        """Neighbouring tokens that share a range, of all `tokens` there are."""
+        return (self.group or tokens) if self.per_channel else 1
 
     def _ranges(self, stored: Stored) -> Tensor:
         """Ranges [B, H, m / span, 2, .] of the tokens."""

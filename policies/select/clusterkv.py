@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvlib.kernels.bounds import bounds
 from kvlib.policies.base import Budget, RecipeError, check_flag, check_whole, register
 from kvlib.policies.select.kmeans import check_backend, spherical_kmeans
-from kvlib.policies.selection import Block, Index, Selector, Units, products
+from kvlib.policies.selection import Block, Index, Selector, Units
 
 LARGEST = 4  # times the average: a cluster of more tokens is read, moved and cut in parts
 
@@ -97,7 +98,7 @@ class ClusterKV(Selector):
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """Inner product with the mean of a cluster's keys."""
-        return products(q, index.summary["centroid"])
+        return bounds(q, index.summary["centroid"])
 
     def estimation(self, index: Index) -> tuple[Tensor, Tensor] | None:
         """Centroids and mean values."""

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.kernels.bounds import bounds
 from kvlib.policies.base import Budget, Needs, RecipeError, check_whole, register
 from kvlib.policies.select.channels import ChannelTable
-from kvlib.policies.selection import Block, Index, Selector, Units, products
+from kvlib.policies.selection import Block, Index, Selector, Units
 
 
 @register
@@ -101,4 +102,4 @@ class DoubleSparsity(Selector):
         channels, d = index.fixed["channels"], q.shape[-1]
         lists = channels.repeat_interleave(q.shape[1] // channels.shape[1], 1)
         spread: float = (d / channels.shape[2]) ** 0.5
-        return products(q.gather(2, lists), index.summary["label"]) * spread
+        return bounds(q.gather(2, lists), index.summary["label"], scale=spread)

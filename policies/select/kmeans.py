@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvlib.kernels.kmeans import assign, directions, nearest, update
+
 _TAKEN = 12  # starting points taken from one draw, at most
 
 
@@ -31,6 +33,8 @@ def spherical_kmeans(
     if clusters >= m:
         return labels
     with torch.autocast(keys.device.type, enabled=False):
+        if keys.is_cuda and refine is _lloyd:
+            return _together(keys, clusters, iterations, seeds, centre)
         for label, head, seed in zip(labels, keys, seeds, strict=True):
             # A copy of its own: the same memory layout, so the same rounding, whatever the head was a slice of.
             x = torch.empty(m, d, dtype=torch.float32, device=keys.device).copy_(head)
@@ -87,49 +91,42 @@ def _start(unit: Tensor, clusters: int, seed: int) -> Tensor:
 
 
 def _lloyd(x: Tensor, unit: Tensor, centroids: Tensor, iterations: int) -> Tensor:
-    labels, cosine = _nearest(unit, centroids)
+    labels, cosine = nearest(unit, centroids)
     for _ in range(iterations):
         before, known = centroids, labels
-        centroids = _means(x, labels, before)
+        centroids = directions(x, labels, before)
         # Late rounds move few centroids.  Those that stayed cannot beat what a token had before, so a token looks at the
         # moved ones only, unless its own moved away and left it with less.
         moved = (centroids != before).any(1)
         which = moved.nonzero()[:, 0]
         if 2 * len(which) > len(centroids):
-            labels, cosine = _nearest(unit, centroids)
+            labels, cosine = nearest(unit, centroids)
         elif len(which):
-            place, score = _nearest(unit, centroids[which])
+            place, score = nearest(unit, centroids[which])
             place, own = which[place], moved[known]
             keep = (cosine > score) | ((cosine == score) & (known < place))
             worse = (own & (score <= cosine)).nonzero()[:, 0]
             labels, cosine = torch.where(keep, known, place), torch.where(keep, cosine, score)
-            labels[worse], cosine[worse] = _nearest(unit[worse], centroids)
+            labels[worse], cosine[worse] = nearest(unit[worse], centroids)
         if torch.equal(labels, known):
             break
     return labels
 
 
-def _nearest(unit: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Centroid of largest cosine, the lowest among equals, and that cosine; in blocks, on a CPU such as its cache holds."""
-    on_cpu = unit.device.type == "cpu"
-    labels, cosines = [], []
-    for rows in torch.split(unit, max(1, (1 << 17 if on_cpu else 1 << 26) // len(centroids))):
-        scores = rows @ centroids.T
-        # On a CPU numpy's argmax is three times as fast as torch's; both give the first of equals.
-        label = torch.from_numpy(scores.numpy().argmax(1)) if on_cpu else scores.argmax(1)
-        labels.append(label)
-        cosines.append(scores.gather(1, label[:, None])[:, 0])
-    return torch.cat(labels), torch.cat(cosines)
-
-
-def _means(x: Tensor, labels: Tensor, before: Tensor) -> Tensor:
-    """Directions of the clusters' mean keys; a cluster that is empty, or whose keys cancel out, keeps the one it had."""
-    members, order = labels.sort(stable=True)
-    first = torch.searchsorted(members, torch.arange(len(before), device=x.device))
-    # A bag adds its keys in order of position on any device; index_add would race on a GPU.
-    total = F.embedding_bag(order, x, first, mode="sum")
-    length = total.norm(dim=1, keepdim=True)
-    return torch.where(length > 0, total / length, before)
+def _together(keys: Tensor, clusters: int, iterations: int, seeds: Sequence[int], centre: bool) -> Tensor:
+    """All heads at once, in as many rounds as allowed: what has settled stays, and nobody waits for the device to know."""
+    x = torch.empty(keys.shape, dtype=torch.float32, device=keys.device).copy_(keys)
+    if centre:
+        x -= x.mean(1, keepdim=True)
+    unit = F.normalize(x, dim=-1)
+    centroids = torch.stack([_start(head, clusters, seed) for head, seed in zip(unit, seeds, strict=True)])
+    exact = torch.float16 if keys.is_cuda else torch.float32  # of directions fp16 keeps more than bf16 or tf32 would
+    unit = unit.to(exact)
+    labels, _ = assign(unit, centroids.to(exact))
+    for _ in range(iterations):
+        centroids = update(x, labels, centroids)
+        labels, _ = assign(unit, centroids.to(exact))
+    return labels
 
 
 def _faiss(faiss: Any, x: Tensor, unit: Tensor, start: Tensor, iterations: int) -> Tensor:

@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from kvlib.kernels.bounds import bounds
 from kvlib.policies.base import Budget, RecipeError, check_whole, register
-from kvlib.policies.selection import Block, Index, Past, Selector, Units, products
+from kvlib.policies.selection import Block, Index, Past, Selector, Units
 
 KINDS = ("minmax", "meanstd", "cuboid")
 
@@ -90,9 +91,7 @@ class Quest(Selector):
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """The best that any point of a page's box can score."""
         first, second = index.summary["first"], index.summary["second"]
-        # max(q * high, q * low) is relu(q) * high - relu(-q) * low; centre and spread give q * centre + |q| * spread
-        one, other = (q.relu(), -((-q).relu())) if self.bounds == "minmax" else (q, q.abs())
-        s = products(one, first.flatten(2, 3)).add_(products(other, second.flatten(2, 3)))
+        s = bounds(q, first.flatten(2, 3), second.flatten(2, 3), self.bounds == "minmax")
         return s if first.shape[3] == 1 else s.view(*s.shape[:2], *first.shape[2:4]).amax(-1)
 
     def reuse(self, q: Tensor, past: Past, tokens: np.ndarray) -> np.ndarray | None:

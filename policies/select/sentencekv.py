@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.kernels.bounds import bounds
 from kvlib.policies.base import Budget, Evictor, Needs, RecipeError, register
 from kvlib.policies.evict.snapkv import SnapKV
 from kvlib.policies.select.clusterkv import means
 from kvlib.policies.select.sentences import Terminators, borders, terminators
-from kvlib.policies.selection import Block, Index, Past, Selector, Units, cosine, products
+from kvlib.policies.selection import Block, Index, Past, Selector, Units, cosine
 
 
 @register
@@ -105,7 +106,7 @@ class SentenceKV(Selector):
 
     def logits(self, q: Tensor, index: Index) -> Tensor:
         """Inner product with the mean of a sentence's keys."""
-        return products(q, index.summary["mean"])
+        return bounds(q, index.summary["mean"])
 
     def prepare(self, q: Tensor, past: Past, newest: Callable[[], Tensor], tokenizer: Any) -> tuple[Tensor, Past]:
         """The mean of the queries since the last sentence ended; the query itself where one has just ended."""

@@ -177,3 +177,19 @@ def test_the_operator_is_sound():
     length = torch.tensor([[3, 20]], dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(decode, (q, k, v, 0.2), {"length": length})
     assert error(decode(q, k, v, 0.2)[0], gathered_decode(q, k, v, 0.2)[0]) < 1e-6
+
+
+def test_compilers_see_one_node():
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    @torch.compile(fullgraph=True, backend=keep)
+    def doubled(q, k, v):
+        return decode(q, k, v, 0.2)[0] * 2
+
+    q, k, v = tensors(1, 2, 2, 1, 20, 16, torch.float32)
+    torch.testing.assert_close(doubled(q, k, v), 2 * gathered_decode(q, k, v, 0.2)[0], atol=1e-5, rtol=1e-5)
+    assert [node.target for node in graphs[0].nodes].count(decode) == 1

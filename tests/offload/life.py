@@ -137,7 +137,9 @@ class Script:
         assert torch.equal(fetch.hit, hits)
         assert torch.equal(fetch.slots, slots * hits)
         self.check_contents(runs, fetch.slots, hits)
-        assert self.call(lambda: fetch.most_missing) == int((valid & ~hits).sum(-1).max())
+        # On a device with streams the host does not wait to learn what missed.
+        exact = not isinstance(self.play, Streams)
+        assert fetch.most_missing == (int((valid & ~hits).sum(-1).max()) if exact else runs.shape[-1])
         self.call(fetch.wait)
         assert torch.equal(fetch.slots, slots)
         self.check_contents(runs, fetch.slots, valid)

@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvlib.offload import transfer
-from kvlib.offload.transfer import Lane, host_empty
+from kvlib.offload.transfer import Lane
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HOST, MAIN, LANE = range(3)
@@ -20,7 +19,7 @@ STOPPING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonz
 
 @dataclass(frozen=True)
 class Stream:
-    """What the lane uses of a torch.cuda.Stream, or of an Event, which is a clock that stands still."""
+    """What the lane uses of a torch.cuda.Stream; an Event is a clock that stands still."""
 
     play: "Streams"
     index: int
@@ -34,14 +33,14 @@ class Stream:
     def wait_event(self, event):
         self.play.order(self.index, event.clock)
 
+    def synchronize(self):
+        self.play.order(HOST, self.play.clock[self.index])
+
 
 @dataclass(frozen=True)
 class Event:
     play: "Streams"
     clock: np.ndarray
-
-    def synchronize(self):
-        self.play.order(HOST, self.clock)
 
 
 class Streams(TorchDispatchMode):
@@ -55,14 +54,12 @@ class Streams(TorchDispatchMode):
         self.current, self.pinned, self.alive, self.may_stop = MAIN, set(), [], False
         self.home, self.users, self.recorded = {}, defaultdict(set), defaultdict(set)
         self.read, self.written = {}, {}  # per storage: when each last did so, for every 2 bytes
-        lane, plain = Lane(torch.device("cpu")), host_empty
+        lane = Lane(torch.device("cpu"))
         lane.stream = Stream(self, LANE)
         monkeypatch.setitem(Lane._of, lane.device, lane)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(self, self.current))
         monkeypatch.setattr(torch.cuda, "stream", self._inside)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: self.recorded[self._key(x)].add(s.index))
-        monkeypatch.setattr(transfer, "host_empty", lambda *arguments: self.pin(plain(*arguments)))
-        monkeypatch.setattr(Lane, "to_device", lambda _, x: torch.empty(x.shape, dtype=x.dtype).copy_(x))
 
     @contextmanager
     def _inside(self, stream):
@@ -88,9 +85,9 @@ class Streams(TorchDispatchMode):
     def _touch(self, who, x, write, rows=None):
         key = self._key(x)
         units = slice(None)
-        if rows is not None and x.stride(0) * x.itemsize % 2 == 0:
-            width = x.stride(0) * x.itemsize // 2
-            units = (rows.numpy()[:, None] * width + np.arange(width)).ravel()
+        step = x.stride(-2) * x.itemsize if x.dim() > 1 else x.itemsize
+        if rows is not None and step % 2 == 0:
+            units = (rows.numpy()[:, None] * (step // 2) + np.arange(step // 2)).ravel()
         for records in (self.read, self.written):
             records.setdefault(key, np.zeros((3, -(-x.untyped_storage().nbytes() // 2)), dtype=np.int64))
         for other in range(3):
@@ -120,8 +117,7 @@ class Streams(TorchDispatchMode):
             self.order(who, self.clock[HOST])
         self.clock[who, who] += 1
         for n, x in tensors:
-            rows = given["index"] if (name, n) in (("index_select", "self"), ("index_copy_", "self")) else None
-            self._touch(who, x, n in wrote, rows)
+            self._touch(who, x, n in wrote, _rows(name, n, given))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and not wrote:
                 if on_host:
@@ -133,3 +129,14 @@ class Streams(TorchDispatchMode):
         """Whoever uses memory of the other stream has recorded that."""
         for key, users in self.users.items():
             assert users <= {self.home[key]} | self.recorded[key]
+
+
+def _rows(name, argument, given):
+    """Which rows of an argument an operation touches, None: all."""
+    if name in ("index_select", "index_copy_") and argument == "self":
+        return given["index"]
+    if name == "kvlib::gather_host" and argument in ("source", "target"):
+        own, entry = (given["wanted"] >= 0).nonzero(as_tuple=True)
+        each = given["wanted" if argument == "source" else "place"]
+        return own * given[argument].shape[1] + each[own, entry]
+    return None

@@ -2,6 +2,7 @@
 
 import random
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_no_two_streams_race_and_nothing_stops_the_host(script, run):
         play.check_memory()
 
 
-def test_the_host_waits_for_ids_and_the_copies_for_nobody(monkeypatch):
+def test_the_host_waits_for_nobody_nor_do_the_copies(monkeypatch):
     """Misses travel while the hits are attended: neither does the lane wait for that nor the host for the lane."""
     play = Streams(monkeypatch)
     life = Script(1, play)
@@ -63,15 +64,47 @@ def test_the_host_waits_for_ids_and_the_copies_for_nobody(monkeypatch):
     runs = torch.tensor([0, 1, 2]).expand(2, HEADS, 3)
     before = play.clock[MAIN, MAIN]
     fetch = life.call(life.resident.fetch, life.host.parts, runs)
-    assert play.clock[HOST, LANE] < play.clock[LANE, LANE]
-    asked, ids = play.clock[MAIN, MAIN], play.clock[LANE, LANE]
+    asked, issued = play.clock[MAIN, MAIN], play.clock[LANE, LANE]
+    assert play.clock[MAIN, LANE] < issued
     life.call(lambda: (life.resident.take("k", fetch.slots), fetch.wait()))
     assert before < play.clock[LANE, MAIN] <= asked < play.clock[MAIN, MAIN]
-    assert play.clock[HOST, LANE] == ids < play.clock[LANE, LANE] == play.clock[MAIN, LANE]
-    again = life.call(life.resident.fetch, life.host.parts, runs)
-    ids = play.clock[LANE, LANE]
-    life.call(again.wait)
-    assert play.clock[LANE, LANE] == ids  # nothing was missing, nothing travels
+    assert play.clock[LANE, LANE] == issued == play.clock[MAIN, LANE]  # the copies were on their way before anybody waited
+    assert (play.clock[HOST, [MAIN, LANE]] == 0).all()
+
+
+@pytest.mark.parametrize(("slot", "fault"), [(1, False), (5, True), (2, True)])
+def test_while_misses_travel_only_the_slots_of_hits_may_be_read(monkeypatch, slot, fault):
+    play = Streams(monkeypatch)
+    life = Script(1, play)
+    life.reserve(5)
+    for wanted in ([0, 1], [2, 3], [0, 4, 5]):
+        fetch = life.call(life.resident.fetch, life.host.parts, torch.tensor(wanted).expand(2, HEADS, -1))
+        if wanted != [0, 4, 5]:
+            life.call(fetch.wait)
+    with pytest.raises(AssertionError, match="races") if fault else nullcontext():
+        life.call(life.resident.take, "k", torch.full((2, HEADS, 1), slot))
+    life.call(fetch.wait)
+    assert fetch.slots[0, 0].tolist() == [1, 5, 2]  # a hit, a slot not used before, and that of run 1
+    life.call(life.resident.take, "k", torch.full((2, HEADS, 1), slot))
+
+
+@pytest.mark.parametrize("writer", ["stream too early", "stream", "host too early", "host"])
+def test_host_buffers_are_written_behind_the_wait(monkeypatch, writer):
+    play = Streams(monkeypatch)
+    life = Script(1, play)
+    runs = torch.tensor([0, 1, 2]).expand(2, HEADS, 3)
+
+    def write():
+        fetch = life.resident.fetch(life.host.parts, runs)
+        if writer != "stream too early":
+            fetch.wait()
+        if writer == "host":
+            torch.cuda.current_stream("cpu").synchronize()
+        fresh = torch.zeros(2, HEADS, 4)
+        life.host.parts["k"][:, :, 1] = fresh if writer.startswith("stream") else play.pin(fresh)
+
+    with pytest.raises(AssertionError, match="overwrites") if "early" in writer else nullcontext():
+        life.call(write)
 
 
 def test_the_least_recently_fetched_run_gives_way_and_ties_go_to_the_lower_slot():
@@ -202,7 +235,7 @@ def test_a_gpu_does_as_the_cpu_does():
         want, got = here.fetch(parts, runs, valid), there.fetch(parts, runs.cuda(), valid.cuda())
         torch.cuda._sleep(1_000_000)
         early = {n: there.take(n, tokens_of(got.slots, 4)) for n in parts}
-        assert want.most_missing == got.most_missing
+        assert want.most_missing <= got.most_missing == 200
         if step % 5 == 4:
             continue
         want.wait()

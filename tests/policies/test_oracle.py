@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import kvlib
+from kvlib.kernels.bounds import products
 from kvlib.kernels.selection import top, vote
 from kvlib.policies import Oracle, RecipeError
-from kvlib.policies.selection import Index, products
+from kvlib.policies.selection import Index
 from kvlib.segment import Spec
 from kvlib.testing import prompts, tiny_model
 from tests.driver import keys

@@ -1,0 +1,47 @@
+"""Attention over codes of a few bits where they lie: one function, whatever reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from kvlib.kernels import host
+from kvlib.kernels.attention import Partial
+from kvlib.kernels.host import Codes
+
+__all__ = ["Codes", "attend_codes", "code_scores", "code_sums"]
+
+
+def attend_codes(
+    q: Tensor,
+    k: Tensor | Codes,
+    v: Tensor | Codes,
+    ids: Tensor | None,
+    length: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Partial | None:
+    """Attention of q [B, Hq, n, d] fp32 over keys and values [B, H, T, .], either of which may be codes: of all tokens, or
+    of those of ids [B, H', m], of each row the first length [B]; None where no kernel takes them."""
+    if host.serves(q, k, v):
+        return Partial(*host.decode_codes(q, k, v, scale, length=length, ids=ids, softcap=softcap))
+    return None
+
+
+def code_scores(q: Tensor, planes: Sequence[Codes]) -> Tensor | None:
+    """Products [B, Hq, n, T] fp32 of q [B, Hq, n, d] with keys that are the sum of `planes`; None where no kernel reads
+    them."""
+    q = q.float()
+    if not all(host.serves(q, k, k._replace(span=1)) for k in planes):
+        return None
+    return reduce(torch.Tensor.add_, (host.scores(q, k) for k in planes))
+
+
+def code_sums(p: Tensor, planes: Sequence[Codes]) -> Tensor | None:
+    """Values [B, Hq, n, d] fp32, the sum of `planes`, under weights p [B, Hq, n, T]; None where no kernel reads them."""
+    if not all(host.serves(p.new_empty((1, 1, 1, v.size)), v, v) for v in planes):
+        return None
+    return reduce(torch.Tensor.add_, (host.weighted_sum(p.float().contiguous(), v) for v in planes))
