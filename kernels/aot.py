@@ -80,6 +80,22 @@ def compiling(capability: int) -> Iterator[list[tuple[str, Any]]]:
         driver._active = active
 
 
+@contextmanager
+def naming() -> Iterator[list[str]]:
+    """Let launches do nothing but add their kernels' names to the list given."""
+    names: list[str] = []
+    stock = JITFunction.run
+
+    def run(self: Any, *args: Any, **options: Any) -> None:
+        names.append(self.fn.__name__)
+
+    JITFunction.run = run
+    try:
+        yield names
+    finally:
+        JITFunction.run = stock
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a compiled kernel takes: registers per thread, bytes spilled per thread, bytes of shared memory per block, warps

@@ -18,18 +18,41 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvlib.kernels.aot import Needs, compiling, needs
+from kvlib.kernels.aot import Needs, compiling, naming, needs
 from kvlib.kernels.launch import Example
 
-MODULES = ("decode", "merge", "pack", "gather_host", "bounds", "selection", "kmeans")
+MODULES = (
+    "decode",
+    "decode_q4",
+    "decode_gear",
+    "merge",
+    "pack",
+    "gather_host",
+    "bounds",
+    "selection",
+    "kmeans",
+    "decode_lowrank",
+    "column_mass",
+    "prefill_sparse",
+)
 CAPABILITIES = (80, 90)
 FEEDS = 16.5  # bytes per clock and multiprocessor: 4.3e12 / 132 / 1.98e9 of an H200
 
 
 def examples(module: str, every: bool) -> list[Example]:
-    """What a module wants compiled: all of it, or the first."""
+    """What a module wants compiled: all of it, or the first launch of each kernel."""
     found = list(import_module(f"kvlib.kernels.{module}").examples())
-    return found if every else found[:1]
+    if every:
+        return found
+    known: set[str] = set()
+    chosen = []
+    for example in found:
+        with naming() as names:
+            example.launch()
+        if not known.issuperset(names):
+            chosen.append(example)
+        known.update(names)
+    return chosen
 
 
 def check(example: Example, capability: int) -> list[tuple[str, Needs]]:
@@ -40,7 +63,7 @@ def check(example: Example, capability: int) -> list[tuple[str, Needs]]:
 
 
 def main(
-    every: Annotated[bool, typer.Option("--all", help="Every configuration, not only the first of each module.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every configuration, not only the first of each kernel.")] = False,
     only: Annotated[str, typer.Option(help="Modules to check, separated by commas.")] = ",".join(MODULES),
     out: Annotated[Path | None, typer.Option(help="Also write the table there, as JSON.")] = None,
 ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvlib.kernels import host
 from kvlib.kernels.attention import Partial
+from kvlib.kernels.decode_q4 import decode_q4
 from kvlib.kernels.host import Codes
 
 __all__ = ["Codes", "attend_codes", "code_scores", "code_sums"]
@@ -26,9 +27,22 @@ def attend_codes(
 ) -> Partial | None:
     """Attention of q [B, Hq, n, d] fp32 over keys and values [B, H, T, .], either of which may be codes: of all tokens, or
     of those of ids [B, H', m], of each row the first length [B]; None where no kernel takes them."""
+    if q.is_cuda:
+        if not isinstance(k, Codes) or not isinstance(v, Codes) or not _launched(q, k, v):
+            return None
+        count = None if length is None else length.int()
+        found = decode_q4(q, k.codes, k.range, v.codes, v.range, scale, k.span, softcap or 0.0, length=count, ids=ids)
+        return Partial(*found)
     if host.serves(q, k, v):
         return Partial(*host.decode_codes(q, k, v, scale, length=length, ids=ids, softcap=softcap))
     return None
+
+
+def _launched(q: Tensor, k: Codes, v: Codes) -> bool:
+    """Whether `decode_q4` takes these: heads of a power of two, ranges of keys per token or channel."""
+    d, groups = q.shape[3], v.range.shape[-1]
+    whole = d == v.size and d in (32, 64, 128, 256) and groups & (groups - 1) == 0
+    return whole and (k.span > 1 or k.range.shape[-1] == 1)
 
 
 def code_scores(q: Tensor, planes: Sequence[Codes]) -> Tensor | None:

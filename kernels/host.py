@@ -1,7 +1,7 @@
 """Attention on the CPU in C++: a few query rows over dense or coded keys and values, read in place.
 
-host.cpp is compiled for this processor when it is first needed, with whatever C++ compiler there is, and kept in the user's
-cache folder.  Without a compiler `available` is false, and callers use PyTorch (`kvlib.kernels.attention`).
+host.cpp is compiled for this processor when it is first needed, by $CXX or what C++ compiler there is, and kept in the
+user's cache folder.  Where there is none, `serves` is false and callers use PyTorch (`kvlib.kernels.attention`).
 
 Scores, sums and outputs are fp32.  Work is cut into fixed pieces, so results have the same bits on any number of threads
 (`torch.get_num_threads()`).  Query head h reads KV head h // (Hq / H).
@@ -31,21 +31,18 @@ from torch import Tensor
 _SOURCE = Path(__file__).with_name("host.cpp")
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 _FLAGS = f"-std=c++17 -O3 {_NATIVE} -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC -w".split()
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
-_BITS = (2, 4, 8)
-_CHUNK = 1024  # host.cpp's
-_LEAST, _MOST = 16, 512  # a register of channels, and what its buffers hold
 _CALL = struct.Struct("@55q2d")  # host.cpp's Call
+_CHUNK = 512  # slots of a partial result, as in host.cpp
 _ATTEND, _SCORES, _SUM = range(3)
-_NO_SIDE = (0,) * 12
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 
 
 class Codes(NamedTuple):
     """Keys or values as `kvlib.kernels.quantise` packs them: a value is code * scale + least.
 
-    codes [B, H, T, d * bits / 8] uint8, bits 2, 4 or 8.  range fp16: with a span of 1 of each token, [B, H, T, 2, groups], for
-    `groups` ranges of neighbouring channels; else, for keys only, of each channel over `span` neighbouring tokens,
-    [B, H, T / span, 2, d].
+    codes [B, H, T, d * bits / 8] uint8 of 2, 4 or 8 bits.  range fp16, scale and least value: with a span of 1 of each
+    token, [B, H, T, 2, groups] for `groups` groups of neighbouring channels; else, for keys only, of each channel over
+    `span` neighbouring tokens, [B, H, T / span, 2, d].
     """
 
     codes: Tensor
@@ -73,13 +70,21 @@ _found: _Library | None = None
 
 
 def available() -> bool:
-    """Whether there is a compiled library; the first call builds it."""
+    """Whether there is a compiled library; the first call may compile it."""
     return _library().run is not None
 
 
 def describe() -> str:
-    """What attention on the CPU is computed with, for reports."""
+    """What computes attention over tensors on the CPU, for reports."""
     return _library().text
+
+
+def read(x: Tensor) -> int:
+    """Read contiguous x once and add it up, as 32-bit words: nothing that reads as many bytes can be faster."""
+    library = _library()
+    if library.read is None:
+        raise RuntimeError(f"there is no compiled library: {library.text}")
+    return library.read(x.data_ptr(), x.nbytes, torch.get_num_threads())
 
 
 def _library() -> _Library:
@@ -93,42 +98,45 @@ def _library() -> _Library:
 
 def _build() -> _Library:
     asked = shlex.split(os.environ.get("CXX", ""))
-    paths = [shutil.which(name) for name in (asked[:1] or ("c++", "g++", "clang++"))]
-    path = next(filter(None, paths), None)
+    path = next(filter(None, map(shutil.which, asked[:1] or ("c++", "g++", "clang++"))), None)
     if path is None:
         return _Library(None, None, "torch (no C++ compiler found)")
     try:
-        return _loaded([path, *asked[1:]])
+        return _loaded(path, asked[1:])
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", "") or str(error)).strip()
-        warnings.warn(f"attention on the CPU runs in torch, more slowly: the C++ compiler failed: {reason}", stacklevel=4)
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        warnings.warn(f"attention on the CPU is left to torch, as the C++ compiler failed: {reason}", stacklevel=2)
         return _Library(None, None, f"torch (the compiler failed: {reason.splitlines()[0]})")
 
 
-def _loaded(compiler: list[str]) -> _Library:
-    """The library, compiled unless the cache folder has it; other processes may be doing the same."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (_SOURCE.read_text(), " ".join(compiler + _FLAGS), version, _processor())
+def _loaded(compiler: str, options: list[str]) -> _Library:
+    """The library, compiled unless the cache folder has it; other processes may do the same at the same time."""
+    command = [compiler, *_FLAGS, *options]
+    version = _output(compiler, *options, "--version")
+    made_of = "\0".join([_SOURCE.read_text(), *command, version, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlib" / "host"
-    path = folder / (hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".so")
+    path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work) / path.name
-            subprocess.run([*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], capture_output=True, text=True, check=True)
-            os.replace(made, path)
+            _output(*command, str(_SOURCE), "-o", f"{work}/host.so")
+            os.replace(f"{work}/host.so", path)
     library = ctypes.CDLL(str(path))
     run, read, isa = library.kvlib_run, library.kvlib_read, library.kvlib_isa
     run.argtypes, run.restype = [ctypes.c_char_p], ctypes.c_bool
     read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], ctypes.c_uint32
     isa.restype = ctypes.c_char_p
     number = re.search(r"\d+(\.\d+)+", version)
-    name = f"{Path(compiler[0]).name} {number[0] if number else ''}".strip()
+    name = Path(compiler).name + (f" {number[0]}" if number else "")
     return _Library(run, read, f"C++ ({name}, {isa().decode()})")
 
 
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _processor() -> str:
-    """The processor's model and what it can do: a home folder may be shared by several."""
+    """The processor's model and what it can do: several may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -136,40 +144,48 @@ def _processor() -> str:
     return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def serves(q: Tensor, k: Side, v: Side) -> bool:
+def serves(q: Tensor | None, k: Side | None, v: Side | None) -> bool:
     """Whether the functions below take these; else use PyTorch.
 
-    They take CPU tensors whose last axis is contiguous, fp32, bf16 or fp16, of head sizes that are multiples of 8 from 16 to
-    512, and codes whose rows have at least 16 bytes; with several ranges per token these must be of multiples of 16 channels,
-    and so must d * bits / 8.  Nothing that needs a gradient.
+    They take CPU tensors with a contiguous last axis, fp32, bf16 or fp16, of head sizes that are multiples of 8 from 16 to
+    512; and codes whose rows have 16 bytes or more, with one range per token, or one per 16 k channels where rows have 16 j
+    bytes, or per channel.  Nothing that needs a gradient, nothing under torch.compile.
     """
-    if torch.compiler.is_compiling() or (q.requires_grad and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling():
         return False
-    d = k.size if isinstance(k, Codes) else k.shape[-1]
     dense = [x for x in (q, k, v) if isinstance(x, Tensor)]
     coded = [x for x in (k, v) if isinstance(x, Codes)]
     return (
-        q.shape[-1] == d
-        and (isinstance(v, Tensor) or v.span == 1)
-        and all(_dense_fits(x) for x in dense)
+        all(_fits(x) for x in dense)
         and all(_codes_fit(x) for x in coded)
+        and (q is None or k is None or q.shape[-1] == _size(k))
+        and (not isinstance(v, Codes) or v.span == 1)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in dense))
         and available()
     )
 
 
-def _dense_fits(x: Tensor) -> bool:
+def _fits(x: Tensor) -> bool:
     size = x.shape[-1]
-    whole = _LEAST <= size <= _MOST and size % 8 == 0
-    return whole and x.dtype in _FORMATS and x.stride(-1) == 1 and x.device.type == "cpu"
+    whole = 16 <= size <= 512 and not size % 8
+    return whole and x.is_cpu and x.dtype in _FORMATS and x.stride(-1) == 1
 
 
 def _codes_fit(x: Codes) -> bool:
-    codes, found, d = x.codes, x.range, x.size
-    whole = x.bits in _BITS and codes.shape[-1] >= _LEAST and d <= _MOST and d % 8 == 0
-    typed = codes.dtype == torch.uint8 and found.dtype == torch.float16 and codes.device.type == found.device.type == "cpu"
-    dense = codes.stride(-1) == 1 and found.stride(-1) == 1 and found.stride(-2) == found.shape[-1]
-    groups = found.shape[-1] if x.span == 1 else 1
-    return whole and typed and dense and (groups == 1 or not (d // groups % 16 or codes.shape[-1] % 16))
+    codes, found = x.codes, x.range
+    row, size, groups = codes.shape[-1], x.size, found.shape[-1]
+    whole = x.bits in (2, 4, 8) and row >= 16 and size <= 512 and not size % 8
+    if x.span > 1:
+        whole &= groups == size and found.shape[2] * x.span >= codes.shape[2]
+    else:
+        whole &= (
+            found.shape[2] == codes.shape[2]
+            and not size % groups
+            and (groups == 1 or not (size // groups % 16 or row % 16))
+        )
+    typed = codes.dtype == torch.uint8 and found.dtype == torch.float16 and codes.is_cpu and found.is_cpu
+    dense = codes.stride(-1) == 1 and (groups == 1 or found.stride(-1) == 1) and found.stride(-2) == groups
+    return whole and typed and dense and found.shape[:2] == codes.shape[:2] and found.shape[3] == 2
 
 
 def decode(
@@ -186,13 +202,15 @@ def decode(
     bias: Tensor | None = None,
     probabilities: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Attention of q [B, Hq, n, d] over k [B, H, T, d], v [B, H, T, dv]: out [B, Hq, n, dv], lse [B, Hq, n] natural, both fp32.
+    """Attention of q [B, Hq, n, d] over k [B, H, T, d], v [B, H, T, dv]: out [B, Hq, n, dv] and lse [B, Hq, n], both fp32.
 
-    Row b sees keys start[b] <= t < length[b] (int64 [B], or None: 0 and T) and with `causal` query row i only t <= T - n + i.
-    With ids int64 [B, H', m], H' being 1, H or Hq, it sees keys ids[b, h, j] with j < length[b] (or length [B, H']) instead,
+    Row b sees keys start[b] <= t < length[b] (int64 [B]; None: 0 and T), with `causal` query row i only t <= T - n + i.
+    With ids int64 [B, H', m], H' being 1, H or Hq, it sees keys ids[b, h, j] instead, j < length[b] (or length [B, H']),
     twice where they come twice.  Logits are q.k * scale, then softcap * tanh(logit / softcap), then plus bias fp32
-    [B, 1, H or Hq, T or m], which may be -inf where the key is finite.  With `probabilities`, for n = 1, also p [B, Hq, T or m]
-    fp32, 0 where hidden.  A row that sees no key gives (0, -inf).  What lies outside of start and length is never read.
+    [B, 1 or H or Hq, T or m], which may be -inf where keys and values are finite; lse is natural.  With `probabilities`, of
+    a single row, also p [B, Hq, T or m] fp32, 0 where hidden.  A row that sees no key gives (0, -inf).  Slots outside of
+    start and length may hold anything.
+
     Raises ValueError where shapes do not fit or ids name no key, RuntimeError where there is no library.
     """
     if probabilities and q.shape[2] != 1:
@@ -200,9 +218,8 @@ def decode(
     if ids is not None and (start is not None or causal):
         raise ValueError("ids say which keys are seen: give no start and no causal with them")
     call = _Call(q, k, v, ids)
-    out, lse = call.outputs()
     p = q.new_empty((call.batch, call.q_heads, call.slots), dtype=torch.float32) if probabilities else None
-    call.run(_ATTEND, scale, softcap or 0.0, out, lse, p, start=start, length=length, causal=causal, bias=bias)
+    out, lse = call.attend(scale, softcap, p, start, length, causal, bias)
     return out, lse, p
 
 
@@ -217,10 +234,7 @@ def decode_codes(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decode` over keys and values of which either may be `Codes`: out and lse."""
-    call = _Call(q, k, v, ids)
-    out, lse = call.outputs()
-    call.run(_ATTEND, scale, softcap or 0.0, out, lse, None, length=length)
-    return out, lse
+    return _Call(q, k, v, ids).attend(scale, softcap, None, None, length)
 
 
 def scores(q: Tensor, k: Codes, ids: Tensor | None = None) -> Tensor:
@@ -233,46 +247,57 @@ def scores(q: Tensor, k: Codes, ids: Tensor | None = None) -> Tensor:
 
 def weighted_sum(p: Tensor, v: Codes, ids: Tensor | None = None) -> Tensor:
     """Values under weights p [B, Hq, n, T or m] fp32, of all tokens or those of ids [B, H', m]: [B, Hq, n, dv] fp32."""
-    if p.dtype != torch.float32 or p.stride(-1) != 1:
-        raise ValueError(f"p must be float32 with a contiguous last axis, got {p.dtype} with strides {p.stride()}")
     call = _Call(p, None, v, ids)
-    if p.shape[3] != call.slots:
-        raise ValueError(f"p has weights for {p.shape[3]} tokens, but there are {call.slots}")
+    if not p.is_cpu or p.dtype != torch.float32 or p.shape[3] != call.slots or (p.stride(3) != 1 and call.slots > 1):
+        raise ValueError(f"p must be float32 for {call.slots} tokens and contiguous there, got {p.dtype} {tuple(p.shape)}")
     out = p.new_empty((*p.shape[:3], v.size))
     call.run(_SUM, 1.0, 0.0, out)
     return out
 
 
 class _Call:
-    """The tensors of a call, checked, and its sizes."""
+    """A call's tensors, checked, and its sizes."""
 
     def __init__(self, q: Tensor, k: Side | None, v: Side | None, ids: Tensor | None):
         self.q, self.k, self.v, self.ids = q, k, v, ids
         self.batch, self.q_heads, self.n, d = q.shape
-        data = [x.codes if isinstance(x, Codes) else x for x in (k, v) if x is not None]
-        _, self.heads, self.keys, _ = data[0].shape
-        sides = [tuple(x.shape[:3]) for x in data]
-        if any(shape != (self.batch, self.heads, self.keys) for shape in sides) or self.q_heads % self.heads:
-            raise ValueError(f"q of {tuple(q.shape)} does not fit keys and values of [B, H, T] = {sides}")
-        if k is not None and d != _size(k):
-            raise ValueError(f"q has {d} channels, k has {_size(k)}")
+        shapes = [(x.codes if isinstance(x, Codes) else x).shape[:3] for x in (k, v) if x is not None]
+        self.heads, self.keys = shapes[0][1:]
+        if shapes[0] != shapes[-1] or shapes[0][0] != self.batch or self.q_heads % self.heads:
+            raise ValueError(
+                f"q {tuple(q.shape)} does not fit keys and values of [B, H, T] = {', '.join(map(str, map(tuple, shapes)))}"
+            )
+        if k is not None and (d != _size(k) or not _fits(q)):
+            raise ValueError(f"q of {q.dtype} {tuple(q.shape)} does not fit keys of {_size(k)} channels")
         self.lists, self.slots = self.heads, self.keys
         if ids is not None:
-            if ids.dtype != torch.int64 or ids.dim() != 3 or (ids.stride(-1) != 1 and ids.shape[-1] > 1):
+            if not ids.is_cpu or ids.dtype != torch.int64 or ids.dim() != 3 or (ids.shape[2] > 1 and ids.stride(2) != 1):
                 raise ValueError(
-                    f"ids must be int64 [B, H', m] with a contiguous last axis, got {ids.dtype} {tuple(ids.shape)}"
+                    f"ids must be int64 [B, H', m], the last axis contiguous, got {ids.dtype} {tuple(ids.shape)}"
                 )
             if ids.shape[0] != self.batch or ids.shape[1] not in (1, self.heads, self.q_heads):
                 raise ValueError(
-                    f"ids of {tuple(ids.shape)} do not fit {self.batch} rows of {self.heads} or {self.q_heads} heads"
+                    f"ids {tuple(ids.shape)} do not fit {self.batch} rows of {self.heads} or {self.q_heads} heads"
                 )
             self.lists, self.slots = max(self.heads, ids.shape[1]), ids.shape[2]
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """out and lse, to be filled."""
+    def attend(
+        self,
+        scale: float,
+        softcap: float | None,
+        p: Tensor | None,
+        start: Tensor | None,
+        length: Tensor | None,
+        causal: bool = False,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse; p is filled."""
         assert self.v is not None
-        shape = (self.batch, self.q_heads, self.n)
-        return self.q.new_empty((*shape, _size(self.v)), dtype=torch.float32), self.q.new_empty(shape, dtype=torch.float32)
+        out = self.q.new_empty((self.batch, self.q_heads, self.n, _size(self.v)), dtype=torch.float32)
+        lse = out.new_empty((self.batch, self.q_heads, self.n))
+        seen = (*self._start(start), *self._length(length), *self._bias(bias))
+        self.run(_ATTEND, scale, softcap or 0.0, out, lse, p, seen, causal)
+        return out, lse
 
     def run(
         self,
@@ -282,29 +307,24 @@ class _Call:
         out: Tensor,
         lse: Tensor | None = None,
         p: Tensor | None = None,
-        *,
-        start: Tensor | None = None,
-        length: Tensor | None = None,
+        seen: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 1),
         causal: bool = False,
-        bias: Tensor | None = None,
     ) -> None:
         """Fill out, lse and p."""
         library = _library()
         if library.run is None:
-            raise RuntimeError(f"attention in C++ is not to be had here: {library.text}")
+            raise RuntimeError(f"there is no compiled attention: {library.text}")
         q, ids, item = self.q, self.ids, self.q.element_size()
-        rows = self.batch * self.q_heads * self.n
-        size = 0 if self.v is None else _size(self.v)
-        work = out.new_empty(rows * -(-self.slots // _CHUNK) * (size + 2)) if size else None
+        by_row, by_head, by_query, _ = q.stride()
+        parts = -(-self.slots // _CHUNK) * (0 if self.v is None else _size(self.v) + 2)
+        work = out.new_empty(self.batch * self.q_heads * self.n * parts)
         call = _CALL.pack(
-            *(_NO_SIDE if self.k is None else self._side(self.k)),
-            *(_NO_SIDE if self.v is None else self._side(self.v)),
-            *(q.data_ptr(), _FORMATS[q.dtype], q.stride(0) * item, q.stride(1) * item, q.stride(2) * item),
+            *_packed(self.k),
+            *_packed(self.v),
+            *(q.data_ptr(), _FORMATS[q.dtype], by_row * item, by_head * item, by_query * item),
             *((0, 0, 0) if ids is None else (ids.data_ptr(), ids.stride(0), _step(ids))),
-            *self._start(start),
-            *self._length(length),
-            *self._bias(bias),
-            *(0 if x is None else x.data_ptr() for x in (p, out, lse, work)),
+            *seen,
+            *(0 if p is None else p.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), work.data_ptr()),
             *(self.batch, self.heads, self.q_heads, self.lists, self.n, self.keys, self.slots, causal, what),
             *(torch.get_num_threads(), scale, softcap),
         )
@@ -312,38 +332,18 @@ class _Call:
             assert ids is not None
             raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}, but there are {self.keys} keys")
 
-    def _side(self, side: Side) -> tuple[int, ...]:
-        if isinstance(side, Tensor):
-            if not _dense_fits(side):
-                raise ValueError(f"keys and values of {side.dtype} {tuple(side.shape)} are not served")
-            item = side.element_size()
-            strides = (side.stride(0) * item, side.stride(1) * item, side.stride(2) * item)
-            return side.data_ptr(), _FORMATS[side.dtype], side.shape[3], *strides, *(0, 0, 0, 0, 1, 1)
-        codes, found, _, span = side
-        groups = found.shape[-1] if span == 1 else 1
-        spans = -(-self.keys // span)
-        fits = found.shape[:2] == codes.shape[:2] and found.shape[2] >= spans and found.shape[3] == 2
-        if not fits or side.size % found.shape[4] or (span > 1 and found.shape[4] != side.size) or not _codes_fit(side):
-            raise ValueError(
-                f"codes {tuple(codes.shape)} of {side.bits} bits with ranges {tuple(found.shape)} over {span} tokens"
-                " are not served"
-            )
-        strides = (codes.stride(0), codes.stride(1), codes.stride(2))
-        ranges = (found.data_ptr(), found.stride(0), found.stride(1), found.stride(2))
-        return codes.data_ptr(), side.bits, side.size, *strides, *ranges, groups, span
-
     def _start(self, start: Tensor | None) -> tuple[int, int]:
         if start is None:
             return 0, 0
-        if start.dtype != torch.int64 or start.shape != (self.batch,):
+        if not start.is_cpu or start.dtype != torch.int64 or start.shape != (self.batch,):
             raise ValueError(f"start must be int64 [{self.batch}], got {start.dtype} {tuple(start.shape)}")
         return start.data_ptr(), start.stride(0)
 
     def _length(self, length: Tensor | None) -> tuple[int, int, int]:
         if length is None:
             return 0, 0, 0
-        lists = length.shape[1] if length.dim() == 2 else 1
-        if length.dtype != torch.int64 or length.shape[:1] != (self.batch,) or lists not in (1, self.lists):
+        fits = tuple(length.shape) in ((self.batch,), (self.batch, 1), (self.batch, self.lists))
+        if not length.is_cpu or length.dtype != torch.int64 or not fits:
             want = f"int64 [{self.batch}] or [{self.batch}, {self.lists}]"
             raise ValueError(f"length must be {want}, got {length.dtype} {tuple(length.shape)}")
         return length.data_ptr(), length.stride(0), _step(length) if length.dim() == 2 else 0
@@ -351,12 +351,30 @@ class _Call:
     def _bias(self, bias: Tensor | None) -> tuple[int, int, int, int]:
         if bias is None:
             return 0, 0, 0, 1
-        heads = bias.shape[1]
-        fits = bias.shape == (self.batch, heads, self.slots) and heads in (1, self.heads, self.q_heads)
-        if bias.dtype != torch.float32 or not fits or bias.stride(-1) != 1:
-            want = f"float32 [{self.batch}, 1, {self.heads} or {self.q_heads}, {self.slots}], its last axis contiguous"
-            raise ValueError(f"bias must be {want}; got {bias.dtype} {tuple(bias.shape)}")
+        heads = bias.shape[1] if bias.dim() == 3 and bias.shape[1] in (1, self.heads, self.q_heads) else 0
+        whole = tuple(bias.shape) == (self.batch, heads, self.slots) and (self.slots == 1 or bias.stride(2) == 1)
+        if not bias.is_cpu or bias.dtype != torch.float32 or not whole:
+            want = f"float32 [{self.batch}, 1 or {self.heads} or {self.q_heads}, {self.slots}], the last axis contiguous"
+            raise ValueError(f"bias must be {want}, got {bias.dtype} {tuple(bias.shape)}")
         return bias.data_ptr(), bias.stride(0), _step(bias), heads
+
+
+def _packed(side: Side | None) -> tuple[int, ...]:
+    """host.cpp's Side."""
+    if side is None:
+        return (0,) * 12
+    if isinstance(side, Tensor):
+        if not _fits(side):
+            raise ValueError(f"keys and values of {side.dtype} {tuple(side.shape)} are not served")
+        row, head, token, _ = side.stride()
+        item = side.element_size()
+        return side.data_ptr(), _FORMATS[side.dtype], side.shape[3], row * item, head * item, token * item, 0, 0, 0, 0, 1, 1
+    codes, found, bits, span = side
+    if not _codes_fit(side):
+        shapes = f"{tuple(codes.shape)} of {bits} bits with ranges {tuple(found.shape)} over {span} tokens"
+        raise ValueError(f"codes {shapes} are not served")
+    groups = found.shape[4] if span == 1 else 1
+    return codes.data_ptr(), bits, side.size, *codes.stride()[:3], found.data_ptr(), *found.stride()[:3], groups, span
 
 
 def _size(side: Side) -> int:
@@ -364,5 +382,5 @@ def _size(side: Side) -> int:
 
 
 def _step(x: Tensor) -> int:
-    """The stride of axis 1, 0 where one entry serves all."""
+    """The stride of axis 1; 0 where one entry serves all."""
     return x.stride(1) if x.shape[1] > 1 else 0

@@ -46,7 +46,7 @@ class Rotary:
         return self._rotate(x, angles.cos() / self.scaling, -angles.sin() / self.scaling)
 
     def _angles(self, positions: Tensor, device: torch.device) -> Tensor:
-        return positions.unsqueeze(-1).float() * _frequencies(self.inv_freq, device)
+        return positions.unsqueeze(-1).float() * frequencies(self.inv_freq, device)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rot, d = 2 * len(self.inv_freq), x.shape[-1]
@@ -62,5 +62,6 @@ class Rotary:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the tensor outlives the call, and an inference tensor could not be used under autograd
-def _frequencies(inv_freq: tuple[float, ...], device: torch.device) -> Tensor:
+def frequencies(inv_freq: tuple[float, ...], device: torch.device) -> Tensor:
+    """inv_freq [rot / 2] fp32 on a device, kept there."""
     return torch.tensor(inv_freq, dtype=torch.float32, device=device)

@@ -251,8 +251,8 @@ class Indexed(Ranked):
         if pools is not None:
             spec, at = query.spec, ids if where is None else where
             return attend_listed(query.q, *pools, at, spec.scale, visible, spec.softcap)
-        if where is None and visible.mask is None:
-            found = self._in_place(store, query.q, query.spec, ids, visible.length)
+        if visible.mask is None:
+            found = self._in_place(store, query.q, query.spec, ids, visible.length, where)
             if found is not None:
                 return found
         brought = None if where is None else self._brought(where, "kv")
@@ -263,14 +263,28 @@ class Indexed(Ranked):
             )
         return attend(store.forms, query.q, (k, v), query.spec.scale, visible, query.spec.softcap)
 
-    def _in_place(self, store: Store, q: Tensor, spec: Spec, ids: Tensor | None, length: Tensor | None) -> Partial | None:
-        """Attention over codes where they lie, of all tokens or of `ids`; None where no kernel reads them so."""
+    def _in_place(
+        self,
+        store: Store,
+        q: Tensor,
+        spec: Spec,
+        ids: Tensor | None,
+        length: Tensor | None,
+        where: Tensor | None = None,
+    ) -> Partial | None:
+        """Attention over codes where they lie, of all tokens or of `ids`, of which those the host keeps stand at `where` in
+        the slots; None where no kernel reads them so."""
         if store.pages or all(form.exact for form in store.forms):
             return None
         device = store.device
         stored = store.whole("k", self._position), store.whole("v", self._position)
+        if where is not None:
+            if self.resident is None or store.host != {"v.x"}:
+                return None
+            stored[1].parts = {"x": self.resident.buffer("v.x")}
         ids, length = (None if x is None else x.to(device) for x in (ids, length))
-        found = attend_in_place(store.forms, q.to(device), stored, Reading(ids, length, spec.scale, spec.softcap))
+        reading = Reading(ids, length, spec.scale, spec.softcap, where)
+        found = attend_in_place(store.forms, q.to(device), stored, reading)
         return None if found is None else _moved(found, q.device)
 
     def _pools(self, store: Store, slots: bool) -> tuple[Tensor, Tensor] | None:

@@ -222,7 +222,9 @@ class Store:
             for name, span in self.forms["kv".index(side)].spans.items()
         }
         segment, where = partial(self._segment_of, slots.view(1, 1, -1)), partial(position, slots.view(1, 1, -1))
-        return Stored(self.heads, parts, self._of(side, self.fixed), slots, segment, where, self.rotary)
+        found = Stored(self.heads, parts, self._of(side, self.fixed), slots, segment, where, self.rotary)
+        found.ends = self.ends
+        return found
 
     def _only(self, span: int, lo: int, hi: int) -> int | None:
         """The one segment in which slots lo .. hi - 1 lie in all rows that have them, None if there is none."""

@@ -42,13 +42,14 @@ class Tokens:
 
 
 class Reading(NamedTuple):
-    """Which of a body's tokens are read, and how: the slots ids [B, H', m] (None: all, from the first on), of each row the
-    first length [B] (None: all), scale and softcap."""
+    """Which of a body's tokens are read, and how: the slots ids [B, H', m] (None: all, from the first on), of each row or
+    head the first length [B] or [B, H] (None: all), scale and softcap; `where` [B, H, m]: the places of what was moved."""
 
     ids: Tensor | None
     length: Tensor | None
     scale: float
     softcap: float | None
+    where: Tensor | None = None
 
 
 class Stored:
@@ -71,6 +72,7 @@ class Stored:
     ):
         self.heads, self.parts, self.fixed, self.slots, self.rotary = heads, parts, fixed, slots, rotary
         self.segment, self._position = segment, position
+        self.ends: Mapping[int, Tensor] = {}  # of whole bodies, by span: where segments end, int32 [B, S]
 
     def to(self, device: torch.device) -> Stored:
         """The same on another device."""
@@ -185,7 +187,9 @@ class Form(ABC):
         """Attention of a query after `prologue` over keys so kept and `values`, read where they lie, before `epilogue`;
         None: there is no kernel for it."""
         k, v = self.in_place(stored[0]), values.in_place(stored[1])
-        return None if k is None or v is None else attend_codes(q, k, v, *reading)
+        if k is None or v is None or reading.where is not None:
+            return None
+        return attend_codes(q, k, v, reading.ids, reading.length, reading.scale, reading.softcap)
 
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """Products q.k [B, Hq, n, m] fp32 with stored keys, q having gone through `prologue`."""

@@ -9,12 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvlib.kernels.attention import Partial
+from kvlib.kernels.decode_gear import MOST, decode_gear
 from kvlib.kernels.low_rank import low_rank
 from kvlib.kernels.quantise import folded
 from kvlib.policies.base import RecipeError, check_whole, register
 from kvlib.policies.codec.kivi import check_bits
 from kvlib.policies.codec.uniform import Uniform
-from kvlib.policies.encoding import MERGED, Codec, Form, Stored, Tokens, grouped
+from kvlib.policies.encoding import MERGED, Codec, Form, Reading, Stored, Tokens, grouped
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,47 @@ class Corrected(Form):
         """p D + (p a) b^T + p S."""
         pa = grouped(p, self._apart(stored))
         return grouped(p, self.coarse(stored)) + grouped(pa, self._rows(stored))
+
+    def attend(self, values: Form, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
+        """On a GPU all of a body in one pass."""
+        if not q.is_cuda or reading.ids is not None or not isinstance(values, Corrected):
+            return None
+        return self.in_one_pass(values, q, stored, reading)
+
+    def in_one_pass(self, values: Corrected, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
+        """Attention over a whole body, codes, factors and outliers read once; None where the kernel does not take them."""
+        k, v = (x.parts for x in stored)
+        ends, d, segments = stored[0].ends.get(MERGED), q.shape[3], k["b"].shape[2]
+        by_segment = self.base.per_channel and not self.base.group
+        alike = not by_segment or k["range"].shape[2] == segments  # merging leaves more ranges than factors
+        fits = d in (64, 128) and self.rank <= 16 and self.base.bits == values.base.bits
+        step = self.page or self.base.group  # of which segments are multiples
+        whole = step % 64 == 0 and (step > 0 or segments == 1)
+        few = max(self.ends(d), values.ends(d)) * 2 <= MOST
+        if not (alike and fits and whole and few and self.base.per_channel and not values.base.per_channel):
+            return None
+        found = decode_gear(
+            q,
+            k["codes"],
+            k["range"],
+            k["a"],
+            k["b"],
+            v["codes"],
+            v["range"],
+            v["a"],
+            v["b"],
+            reading.scale,
+            span=self.base.group,
+            page=self.page,
+            k_error=k.get("error"),
+            k_place=k.get("place"),
+            v_error=v.get("error"),
+            v_place=v.get("place"),
+            softcap=reading.softcap or 0.0,
+            length=None if reading.length is None else reading.length.int(),
+            ends=ends if segments > 1 else None,
+        )
+        return Partial(*found)
 
     def merge(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The low-rank terms of several segments as one of the same rank; outliers stay exact."""

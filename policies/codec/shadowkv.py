@@ -9,11 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvlib.kernels.attention import Partial
 from kvlib.kernels.bounds import bounds
+from kvlib.kernels.decode_lowrank import decode_lowrank
 from kvlib.kernels.low_rank import row_space
 from kvlib.kernels.quantise import folded
+from kvlib.kernels.rotary import frequencies
 from kvlib.policies.base import Composition, Method, RecipeError, check_whole, register
-from kvlib.policies.encoding import DENSE, PATCH, Codec, Form, Stored, Tokens
+from kvlib.policies.encoding import DENSE, PATCH, Codec, Form, Reading, Stored, Tokens
 from kvlib.policies.selection import Block, Index, Selector, Units
 from kvlib.policies.tier.host import Host
 
@@ -102,18 +105,53 @@ class LowRankKeys(Form):
         assert stored.rotary is not None
         basis = stored.fixed["basis"].float()
         x = stored.rotary.turn(stored.parts["u"].float() @ basis, stored.positions)
-        exact, slot = stored.parts["exact"], stored.parts["slot"]
-        if not exact.shape[2]:
+        exact = stored.parts["exact"]
+        at = _exact_at(stored, stored.slots.expand(*x.shape[:3]))
+        if at is None:
             return x
-        known = torch.where(slot > 0, slot - 1, _NOWHERE).expand(*x.shape[:2], -1).contiguous()
-        wanted = stored.slots.int().expand(*x.shape[:3]).contiguous()
-        at = torch.searchsorted(known, wanted).clamp_(max=known.shape[-1] - 1)
-        hit = known.gather(-1, at) == wanted
-        return torch.where(hit.unsqueeze(-1), exact.gather(2, at.unsqueeze(-1).expand_as(x)).float(), x)
+        found = exact.gather(2, at.clamp(min=0).unsqueeze(-1).expand_as(x)).float()
+        return torch.where((at >= 0).unsqueeze(-1), found, x)
+
+    def attend(self, values: Form, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
+        """In one kernel that rebuilds keys as it meets them: of chosen tokens, on a GPU of all as well."""
+        (k, v), ids = stored, reading.ids
+        if values is not DENSE or k.rotary is None or not (q.is_cuda if ids is None else ids.shape[1] <= k.heads):
+            return None
+        slots = (k.slots if ids is None else ids).expand(len(q), k.heads, -1)
+        found = decode_lowrank(
+            q.to(v.parts["x"].dtype),
+            k.parts["u"],
+            k.fixed["basis"],
+            v.parts["x"],
+            frequencies(k.rotary.inv_freq, q.device),
+            reading.scale,
+            k.rotary.scaling,
+            reading.softcap or 0.0,
+            k.rotary.interleaved,
+            length=None if reading.length is None else reading.length.int(),
+            positions=k.positions.expand(len(q), -1, -1),
+            ids=ids,
+            where=reading.where,
+            exact=k.parts["exact"],
+            at=_exact_at(k, slots),
+        )
+        return Partial(*found)
 
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """A row of coefficients, for all heads."""
         return self.rank * itemsize
+
+
+def _exact_at(stored: Stored, slots: Tensor) -> Tensor | None:
+    """Where the exact keys of slots [B, H, m] are among those there are, int64 [B, H, m], -1 for those that are rebuilt;
+    None: there are none."""
+    slot = stored.parts["slot"]
+    if not slot.shape[2]:
+        return None
+    known = torch.where(slot > 0, slot - 1, _NOWHERE).expand(*slots.shape[:2], -1).contiguous()
+    wanted = slots.int().contiguous()
+    at = torch.searchsorted(known, wanted).clamp_(max=known.shape[-1] - 1)
+    return torch.where(known.gather(-1, at) == wanted, at, -1)
 
 
 @register

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from kvlib.kernels.rotary import Rotary, _frequencies
+from kvlib.kernels.rotary import Rotary
+from kvlib.kernels.rotary import frequencies as kept
 
 
 def frequencies(pairs, theta=1e4):
@@ -110,7 +111,7 @@ def test_frequencies_first_made_in_inference_mode_serve_autograd():
     rotary = Rotary((0.3125, 0.0078125))
     with torch.inference_mode():
         rotary.turn(torch.randn(3, 4), torch.arange(3))
-    assert not _frequencies(rotary.inv_freq, torch.device("cpu")).is_inference()
+    assert not kept(rotary.inv_freq, torch.device("cpu")).is_inference()
     x = torch.randn(3, 4, requires_grad=True)
     rotary.turn(x, torch.arange(3)).square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach())

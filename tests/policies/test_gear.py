@@ -12,9 +12,9 @@ import kvlib
 from kvlib.kernels.attention import Visible, attention
 from kvlib.kernels.quantise import unpack
 from kvlib.policies import Gear, GearL, RecipeError
-from kvlib.policies.encoding import FEW, MERGED, SEGMENT, attend
+from kvlib.policies.encoding import FEW, MERGED, SEGMENT, Reading, attend
 from kvlib.recipe import Recipe
-from kvlib.store import ALIKE, LONGEST
+from kvlib.store import ALIKE, LONGEST, Store
 from kvlib.testing import prompts, tiny_model
 from tests.policies.test_kivi import (
     HEADS,
@@ -649,3 +649,27 @@ def test_the_largest_that_can_be_kept_are_not(text, d):
 def test_what_the_remedy_says_works():
     for better in ("gear(bits=2, group=128, s=0.008)", "gear(bits=2, group=150, s=0.02)", "gear(bits=2, group=150, s=0)"):
         assert Recipe.parse(better).codec is not None
+
+
+@pytest.mark.parametrize("text", ["gear(bits=4)", "gear(bits=2)", "gear_l(bits=2, group=64)"])
+def test_the_kernel_of_one_pass_gets_the_parts_it_needs(text):
+    """What a GPU runs, here by its operator's function for the CPU, against the three terms one after the other."""
+    forms = codec_of(text).forms()
+    store = Store(forms, 2, 2, torch.device("cpu"))
+    for n in (256, 128, 128):
+        x = [cloud(n + i, 2, 2, n, 64) for i in range(2)]
+        store.append(np.arange(2), *x, torch.arange(n).expand(2, 2, -1))
+    q = cloud(5, 2, 4, 1, 64)
+    length = torch.tensor([512, 300])
+    whole, cut = ([getattr(store, read)(*at) for at in sides] for read, sides in _READS)
+    found = forms[0].in_one_pass(forms[1], q, tuple(whole), Reading(None, length, 0.2, None))
+    wanted = attend(forms, q, tuple(cut), 0.2, Visible(length=length))
+    torch.testing.assert_close(found.out, wanted.out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(found.lse, wanted.lse, atol=2e-6, rtol=1e-5)
+
+
+def _same(slots):
+    return slots
+
+
+_READS = (("whole", [("k", _same), ("v", _same)]), ("piece", [("k", 0, 512, _same), ("v", 0, 512, _same)]))

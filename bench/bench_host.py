@@ -1,0 +1,119 @@
+"""Decode attention on the CPU in C++, beside the time to read the same bytes and beside torch: python -m bench.bench_host
+
+Llama-3-8B's heads: batch 1, 32 query and 8 KV heads of 128.  Everything is measured in turn, again and again, and of each
+the best time counts: a shared machine only ever adds to one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvlib.kernels import host
+from kvlib.kernels.host import Codes
+from kvlib.kernels.take import take
+
+HEADS, GROUP, D, CHOSEN = 8, 4, 128, 2048
+SCALE = D**-0.5
+
+
+def by_products(q, k, v):
+    """What torch does best: the group's rows in one product, softmax, another product."""
+    s = torch.bmm(q.view(HEADS, GROUP, D), k[0].mT).float().mul_(SCALE)
+    return torch.bmm(s.softmax(-1).to(v.dtype), v[0])
+
+
+def cases(tokens, dense):
+    """Functions to time, and the bytes that each reads."""
+    torch.manual_seed(0)
+    q = torch.randn(1, HEADS * GROUP, 1, D)
+    found = {}
+    for name, dtype in dense.items():
+        k, v = (torch.randn(1, HEADS, tokens, D).to(dtype) for _ in "kv")
+        ids = torch.stack([torch.randperm(tokens)[:CHOSEN] for _ in range(HEADS)])[None]
+        own = q.to(dtype)
+        size = k.nbytes + v.nbytes
+        found |= {
+            f"read {name}": (lambda k=k, v=v: (host.read(k), host.read(v)), size),
+            f"{name}": (lambda q=own, k=k, v=v: host.decode(q, k, v, SCALE), size),
+            f"{name}, torch": (lambda q=own, k=k, v=v: by_products(q, k, v), size),
+            f"{name}, {CHOSEN} listed": (
+                lambda q=own, k=k, v=v, ids=ids: host.decode(q, k, v, SCALE, ids=ids),
+                size * CHOSEN // tokens,
+            ),
+            f"{name}, {CHOSEN} listed, torch": (
+                lambda q=own, k=k, v=v, ids=ids: by_products(q, *(take(x, ids, HEADS) for x in (k, v))),
+                size * CHOSEN // tokens,
+            ),
+        }
+    for bits in (8, 4):
+        codes = [
+            Codes(
+                torch.randint(0, 256, (1, HEADS, tokens, D * bits // 8), dtype=torch.uint8),
+                torch.rand(1, HEADS, tokens, 2, 1).half(),
+                bits,
+            )
+            for _ in "kv"
+        ]
+        size = sum(x.codes.nbytes + x.range.nbytes for x in codes)
+        found[f"{bits} bit codes"] = (lambda c=codes: host.decode_codes(q, *c, SCALE), size)
+    return found
+
+
+def best(functions, rounds):
+    """The best time of each, ms, all measured in turn."""
+    times = dict.fromkeys(functions, float("inf"))
+    for i in range(rounds + 1):
+        for name, (run, _) in functions.items():
+            begin = time.perf_counter()
+            run()
+            if i:
+                times[name] = min(times[name], 1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 25,
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
+) -> None:
+    """Print the table."""
+    rows = []
+    jobs = [(t, n) for t in map(int, threads.split(",")) for n in (8192, 32768, 131072)]
+    for count, tokens in track(jobs, "measuring", console=Console(stderr=True), transient=True):
+        torch.set_num_threads(count)
+        dense = {"bf16": torch.bfloat16} | ({"fp32": torch.float32} if tokens <= 32768 else {})
+        functions = cases(tokens, dense)
+        for name, ms in best(functions, rounds).items():
+            size = functions[name][1]
+            rows.append({"threads": count, "tokens": tokens, "case": name, "ms": ms, "GB/s": size / ms / 1e6})
+    table = Table("threads", "tokens", "case", "ms", "GB/s")
+    for row in rows:
+        table.add_row(str(row["threads"]), str(row["tokens"]), row["case"], f"{row['ms']:.2f}", f"{row['GB/s']:.1f}")
+    Console().print(table)
+    if out is not None:
+        processor = next(
+            (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+        )
+        about = {
+            "device": processor or platform.processor(),
+            "versions": {"torch": torch.__version__, "host": host.describe()},
+            "command": shlex.join(["python", "-m", "bench.bench_host", *sys.argv[1:]]),
+            "method": f"best of {rounds} rounds, all cases in turn",
+        }
+        out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

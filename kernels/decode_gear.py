@@ -1,0 +1,558 @@
+"""Attention over GEAR's keys and values in one pass (arXiv 2403.05527): codes, a low-rank term, entries that stand out.
+
+The loop is that of `kvlib.kernels.decode_q4`.  A chunk is walked segment by segment, since each has its own factors b: the
+query meets them before the segment's tokens, which then meet a mere vector of the rank; weights meet the tokens' factors,
+and their sum meets the segment's after its last token.
+
+An entry that stands out is compared with the place of every element of a tile: an instruction for two elements, no scatter,
+no memory but the registers.  Keys are corrected themselves, values by one more product for each of a token's entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlib.kernels.code_tiles import (
+    add_values,
+    channel_rows,
+    find_chunk,
+    group_weights,
+    half,
+    key_planes,
+    load,
+    load_queries,
+    of_head,
+    scaled,
+    softmax_rows,
+    store_rows,
+    zeros,
+)
+from kvlib.kernels.decode import chunk_of
+from kvlib.kernels.decode_q4 import attend_listed, bits_of, flat, groups_of, levels, merged, tile_of, words
+from kvlib.kernels.launch import INTERPRET, Example, dot, jit, power, softcapped, tl
+from kvlib.kernels.ops import register
+
+MOST = 8  # entries of a vector that may stand out: each is compared with every element
+ALL = tl.constexpr(1 << 30)  # what is divided by it is 0, but not known to be, and so stays in its loop
+
+
+@jit
+def place_of(x):
+    """Integers from 0 to 255 as fp16 numbers 1024 + x, of which an instruction compares two."""
+    return (x.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+
+
+@jit
+def equal(a, b):
+    """1 where fp16 numbers are equal, else 0, in fp16."""
+    if INTERPRET:
+        return (a == b).to(tl.float16)
+    text: tl.constexpr = "set.eq.f16x2.f16x2 $0, $1, $2;"
+    return tl.inline_asm_elementwise(text, "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@jit
+def rank_of_queries(
+    at, q, R: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr
+):
+    """Queries, of `load_queries`, times factors b [d, R] at `at`: fp16 [RANK, rows], zero from R on."""
+    r = tl.arange(0, RANK)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    met = tl.zeros([RANK, q[0].shape[1]], tl.float32)
+    for i in tl.static_range(COUNT):
+        b = tl.load(at + ((c + i * WIDTH) * R + r), mask=(r < R) & (c < WIDTH), other=0.0)
+        met = dot(b, q[i], met)
+    return met.to(tl.float16)
+
+
+@jit
+def corrected_scores(
+    s,
+    q,
+    k_at,
+    k_offsets,
+    range_at,
+    range_offsets,
+    error_at,
+    place_at,
+    here_at,
+    ENTRIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    BITS: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """s plus products of queries with keys, WIDTH channels at a time: bytes at k_at + k_offsets [ROWS, 1], ranges as of
+    `channel_keys`, and of each channel ENTRIES errors, each for the token whose place in the page, at here_at, it names."""
+    PLANES: tl.constexpr = 8 // BITS
+    BLOCKS: tl.constexpr = D // (PLANES * WIDTH)
+    c = tl.arange(0, BLOCK)[None, :]
+    one = tl.zeros([1, 1], tl.int32)
+    for b in tl.static_range(BLOCKS):
+        planes = key_planes(load(k_at + b * WIDTH, k_offsets, c, WIDTH, BLOCK), BITS, True)
+        for i in tl.static_range(PLANES):
+            channel = (i * BLOCKS + b) * WIDTH
+            scale = channel_rows(range_at + channel, range_offsets, KEYS, ROWS, WIDTH, BLOCK, 2)
+            least = channel_rows(range_at + (channel + D), range_offsets, KEYS, ROWS, WIDTH, BLOCK, 2)
+            x = scaled(planes[i], scale, least)
+            for e in tl.static_range(ENTRIES):
+                error = channel_rows(error_at + (e * D + channel), one, "span", ROWS, WIDTH, BLOCK, 2)
+                place = channel_rows(place_at + (e * D + channel), one, "span", ROWS, WIDTH, BLOCK, 1)
+                x = scaled(equal(place_of(place), place_of(tl.load(here_at)[:, None])), error, x)
+            s = dot(x, q[i * BLOCKS + b], s)
+    return s
+
+
+@jit
+def add_entries(
+    acc,
+    p,
+    error_at,
+    place_at,
+    COUNT,
+    ENTRIES: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """acc, of `add_values`, plus under weights p ENTRIES errors of channels of each token: words of two at error_at
+    [tokens], and at place_at bytes that say which channels."""
+    PLANES: tl.constexpr = 8 // BITS
+    BLOCKS: tl.constexpr = max(1, GROUPS // PLANES)
+    WIDTH: tl.constexpr = D * BITS // 16 // BLOCKS
+    c = tl.arange(0, BLOCK)[:, None]
+    weights = ()
+    places = ()
+    for e in tl.static_range(ENTRIES):
+        error = half(tl.load(error_at + e // 2), e % 2)
+        weights = weights + ((p * error[:, None]).to(tl.float16),)
+        places = places + (place_of(tl.load(place_at + e))[None, :],)
+    even = place_of(tl.load(COUNT + 2 * c, mask=c < WIDTH, other=0))
+    new = ()
+    for b in tl.static_range(BLOCKS):
+        for i in tl.static_range(2 * PLANES):
+            here = even + tl.full([1, 1], i % PLANES * (D * BITS // 8) + i // PLANES + 2 * b * WIDTH, tl.float16)
+            out = tl.zeros([BLOCK, p.shape[1]], tl.float32)
+            for e in tl.static_range(ENTRIES):
+                out = dot(equal(here, places[e]), weights[e], out)
+            new = new + (acc[b * 2 * PLANES + i] + out * 2.0 ** (BITS * (i % PLANES) - 24),)
+    return new
+
+
+@jit
+def add_rank(
+    acc, met, total, at, R: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """acc, of `add_values`, plus met [RANK, rows] fp32 times factors b [d, R] at `at`; as shares of the weights' total met
+    is no larger than the factors that it comes from, and fits fp16."""
+    PLANES: tl.constexpr = 8 // BITS
+    BLOCKS: tl.constexpr = max(1, GROUPS // PLANES)
+    WIDTH: tl.constexpr = D * BITS // 16 // BLOCKS
+    c = tl.arange(0, BLOCK)[:, None]
+    r = tl.arange(0, met.shape[0])[None, :]
+    total = tl.sum(total, axis=0)[None, :]
+    share = (met * (1.0 / total)).to(tl.float16)
+    new = ()
+    for b in tl.static_range(BLOCKS):
+        for i in tl.static_range(2 * PLANES):
+            channel = i % PLANES * (D * BITS // 8) + i // PLANES + 2 * (c + b * WIDTH)
+            factor = tl.load(at + (channel * R + r), mask=(r < R) & (c < WIDTH), other=0.0)
+            out = dot(factor, share, None) * total
+            new = new + (acc[b * 2 * PLANES + i] + out * 2.0 ** (BITS * (i % PLANES) - 24),)
+    return new
+
+
+@jit(do_not_specialize=["rows", "n", "segments"])
+def decode_corrected(
+    Q,
+    K,
+    K_RANGE,
+    K_A,
+    K_B,
+    K_ERROR,
+    K_PLACE,
+    V,
+    V_RANGE,
+    V_A,
+    V_B,
+    V_ERROR,
+    V_PLACE,
+    OUT,
+    LSE,
+    LENGTH,
+    ENDS,
+    COUNT,  # 0 to 255
+    factor,
+    rows,
+    n,
+    most,
+    segments,
+    q_steps,  # strides of sequences, heads, and rows, tokens, pages or segments
+    k_steps,
+    k_range_steps,
+    k_a_steps,
+    k_b_steps,
+    k_error_steps,
+    k_place_steps,
+    v_steps,
+    v_range_steps,
+    v_a_steps,
+    v_b_steps,
+    v_error_steps,
+    v_place_steps,
+    K_A_STEP: tl.constexpr,  # strides of tokens in K_A and V_A, whose rows are so short that their alignment must be known
+    V_A_STEP: tl.constexpr,
+    HEADS: tl.constexpr,  # KV heads
+    GROUP: tl.constexpr,  # query heads per KV head
+    D: tl.constexpr,
+    R: tl.constexpr,  # rank
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPAN: tl.constexpr,  # tokens of a row of K_RANGE; 0: a segment's
+    PAGE: tl.constexpr,  # tokens of a row of K_ERROR
+    K_ENTRIES: tl.constexpr,  # of a channel in a page that stand out
+    V_ENTRIES: tl.constexpr,  # of a token that stand out
+    GROUPS: tl.constexpr,  # of channels of a value
+    CHUNK: tl.constexpr,
+    CAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,  # channels of one product with keys
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RANK: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+):
+    """One chunk of one head's tokens: its softmax-normalised output and log-sum-exp."""
+    w = tl.program_id(0)
+    row, lo, hi = find_chunk(LENGTH, w, rows, most, CHUNK, WHOLE, R_BLOCK)
+    if row >= rows:
+        return
+    b = (row // HEADS).to(tl.int64)
+    h = (row % HEADS).to(tl.int64)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mine = m < GROUP * n
+    j = tl.arange(0, BLOCK_N)
+    r = tl.arange(0, RANK)
+    q_at = of_head(Q, q_steps, b, h * GROUP)
+    offsets = (m // n).to(tl.int64) * q_steps[1] + m % n * q_steps[2]
+    q = load_queries(q_at, offsets, mine, factor, WIDTH, BLOCK_K, 0, D // WIDTH)
+    k_at, k_range_at = of_head(K, k_steps, b, h), of_head(K_RANGE, k_range_steps, b, h)
+    v_at, v_range_at = of_head(V, v_steps, b, h), of_head(V_RANGE, v_range_steps, b, h)
+    k_a_at, k_b_at = of_head(K_A, k_a_steps, b, h), of_head(K_B, k_b_steps, b, h)
+    v_a_at, v_b_at = of_head(V_A, v_a_steps, b, h), of_head(V_B, v_b_steps, b, h)
+    segment = 0
+    behind = tl.minimum(hi - lo, 1)
+    if ENDS is not None:
+        i = tl.arange(0, S_BLOCK)
+        ends = tl.load(ENDS + b * segments + i, mask=i < segments, other=2147483647)
+        segment = tl.sum((ends <= lo).to(tl.int32), axis=0)
+        behind = segment + tl.where(hi > lo, tl.sum(((ends > lo) & (ends < hi)).to(tl.int32), axis=0) + 1, 0)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    lows = zeros(BLOCK_N, BLOCK_M, GROUPS)
+    acc = zeros(BLOCK_V, BLOCK_M, max(16 // V_BITS, 2 * GROUPS))
+    for number in range(segment, behind):
+        own = tl.cast(number, tl.int64)
+        start = lo
+        stop = hi
+        if ENDS is not None:
+            start = tl.maximum(lo, tl.load(ENDS + b * segments + own - 1, mask=own > 0, other=0))
+            stop = tl.minimum(hi, tl.load(ENDS + b * segments + own))
+        k_met = rank_of_queries(k_b_at + own * k_b_steps[2], q, R, WIDTH, RANK, BLOCK_K, D // WIDTH)
+        v_met = tl.zeros([RANK, BLOCK_M], tl.float32)
+        for begin in range(start, stop, BLOCK_N):
+            first = tl.cast(begin, tl.int64)
+            slot = tl.minimum(j, stop - begin - 1)  # past the end the last token again, whose weight is then 0
+            a_at = k_a_at + first * K_A_STEP + ((slot * K_A_STEP)[:, None] + r[None, :])
+            s = dot(tl.load(a_at, mask=(r < R)[None, :], other=0.0), k_met, None)
+            range_row = tl.zeros([1, 1], tl.int64)
+            if SPAN == 0:
+                range_row += first // ALL + own
+            elif KEYS == "span":
+                range_row += first // SPAN
+            else:
+                range_row = ((first + slot) // SPAN)[:, None]
+            error_at, place_at = K_ERROR, K_PLACE
+            if K_ENTRIES > 0:
+                error_at = of_head(K_ERROR, k_error_steps, b, h) + first // PAGE * k_error_steps[2]
+                place_at = of_head(K_PLACE, k_place_steps, b, h) + first // PAGE * k_place_steps[2]
+            s = corrected_scores(
+                s,
+                q,
+                k_at + first * k_steps[2],
+                (slot * k_steps[2])[:, None],
+                k_range_at,
+                range_row * k_range_steps[2],
+                error_at,
+                place_at,
+                COUNT + begin % PAGE + j,
+                K_ENTRIES,
+                KEYS,
+                K_BITS,
+                D,
+                BLOCK_N,
+                WIDTH,
+                BLOCK_K,
+            )
+            if CAP > 0:
+                s = softcapped(s, CAP) * 1.4426950408889634
+            s = tl.where((j < stop - begin)[:, None], s, float("-inf"))
+            p, alpha, top, total = softmax_rows(s, top, total)
+            range_at = v_range_at + first * v_range_steps[2]
+            weights, lows = group_weights(p, alpha, lows, range_at, slot * v_range_steps[2], GROUPS)
+            value_at = v_at + first * v_steps[2]
+            acc = add_values(acc, alpha, weights, value_at, slot * v_steps[2], V_BITS, GROUPS, D, BLOCK_V)
+            if V_ENTRIES > 0:
+                error_at = of_head(V_ERROR, v_error_steps, b, h) + first * v_error_steps[2] + slot * v_error_steps[2]
+                place_at = of_head(V_PLACE, v_place_steps, b, h) + first * v_place_steps[2] + slot * v_place_steps[2]
+                count_at = COUNT + begin // ALL
+                acc = add_entries(acc, p, error_at, place_at, count_at, V_ENTRIES, V_BITS, GROUPS, D, BLOCK_V)
+            a_at = v_a_at + first * V_A_STEP + ((slot * V_A_STEP)[None, :] + r[:, None])
+            a = tl.load(a_at, mask=(r < R)[:, None], other=0.0)
+            v_met = dot(a, p.to(tl.float16), v_met * alpha[None, :])
+        acc = add_rank(acc, v_met, total, v_b_at + own * v_b_steps[2], R, V_BITS, GROUPS, D, BLOCK_V)
+
+    at_rows = (row if WHOLE else w).to(tl.int64) * GROUP * n
+    store_rows(OUT, LSE, at_rows, m, mine, top, total, acc, lows, V_BITS, GROUPS, D, BLOCK_V, WHOLE)
+
+
+def rows_of(least: int, most: int, d: int, entries: int) -> int:
+    """Tokens of a round, for codes of `least` to `most` bits and vectors of which `entries` stand out."""
+    return 16 if entries > 2 or (entries and least == 2) else tile_of(most, d)
+
+
+@lru_cache
+def _count(device: torch.device) -> Tensor:
+    """0 to 255: numbers that a kernel loads can be laid out as a product wants them, numbers that it counts cannot."""
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.int32, device=device)
+
+
+def split_decode_gear(
+    q: Tensor,
+    k: Tensor,
+    k_range: Tensor,
+    k_a: Tensor,
+    k_b: Tensor,
+    v: Tensor,
+    v_range: Tensor,
+    v_a: Tensor,
+    v_b: Tensor,
+    scale: float,
+    span: int = 0,
+    page: int = 0,
+    k_error: Tensor | None = None,
+    k_place: Tensor | None = None,
+    v_error: Tensor | None = None,
+    v_place: Tensor | None = None,
+    softcap: float = 0.0,
+    most: int | None = None,
+    length: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch `decode_corrected`, and `merge_splits` where a head has several chunks; arguments as of `decode_gear`."""
+    batch, q_heads, n, d = q.shape
+    heads, k_bits, v_bits, groups = k.shape[1], bits_of(k, d), bits_of(v, d), groups_of(v_range, d)
+    group, rows, rank, segments = q_heads // heads, batch * heads, k_a.shape[3], k_b.shape[2]
+    entries = [0 if x is None else x.shape[3] for x in (k_error, v_error)]
+    tile = rows_of(min(k_bits, v_bits), max(k_bits, v_bits), d, max(entries))
+    block_m = 8 if group * n <= 8 or max(entries) else 16
+    if max(entries) > MOST:
+        raise ValueError(f"{max(entries)} entries of a vector stand out: give at most {MOST}")
+    if (segments > 1 and ends is None) or page % tile:
+        raise ValueError(f"{segments} segments, pages of {page} tokens: give ends, and pages of whole tiles of {tile}")
+    most = k.shape[2] if most is None else most
+    keys = "entry" if span % tile else "span"
+    k_rows = k_range.view(*k_range.shape[:3], -1)
+    v, v_words = v.view(torch.int16), words(v_range)
+    v_errors = None if v_error is None else v_error.view(torch.int32)
+    length = flat(length, batch, heads)
+    chunk = chunk_of(most // 2)
+    whole = most <= chunk
+    items = rows * max(1, -(-most // chunk))
+    out = q.new_empty((batch, q_heads, n, d), dtype=torch.float32)
+    lse = q.new_empty((batch, q_heads, n), dtype=torch.float32)
+    part, part_lse = out, lse
+    if not whole:
+        part = q.new_empty((items, group * n, d), dtype=torch.float32)
+        part_lse = q.new_empty((items, group * n), dtype=torch.float32)
+    width = d * k_bits // 8
+    width //= 2 if width % 64 == 0 else 1
+    pieces = (q, k, k_rows, k_a, k_b, k_error, k_place, v, v_words, v_a, v_b, v_errors, v_place)
+    decode_corrected[(rows if whole else items, -(-group * n // block_m))](
+        *pieces,
+        part,
+        part_lse,
+        length,
+        ends if segments > 1 else None,
+        _count(q.device),
+        scale * (1.0 if softcap else 1.4426950408889634),
+        rows,
+        n,
+        most,
+        segments,
+        *(None if x is None else x.stride()[:3] for x in pieces),
+        HEADS=heads,
+        GROUP=group,
+        D=d,
+        R=rank,
+        K_A_STEP=k_a.stride(2),
+        V_A_STEP=v_a.stride(2),
+        K_BITS=k_bits,
+        V_BITS=v_bits,
+        KEYS=keys,
+        SPAN=span,
+        PAGE=page or 1,
+        K_ENTRIES=entries[0],
+        V_ENTRIES=entries[1],
+        GROUPS=groups,
+        CHUNK=chunk,
+        CAP=softcap,
+        WHOLE=whole,
+        BLOCK_M=block_m,
+        WIDTH=width,
+        BLOCK_K=max(16, power(width)),
+        BLOCK_V=max(16, power(d * v_bits // 16 // max(1, groups * v_bits // 8))),
+        BLOCK_N=tile,
+        RANK=max(16, power(rank)),
+        R_BLOCK=power(rows),
+        S_BLOCK=power(segments),
+        num_warps=1,
+        num_stages=3,
+    )
+    if not whole:
+        merged(part, part_lse, out, lse, length, rows, most, chunk)
+    return out, lse
+
+
+def _low_rank(a: Tensor, b: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """The term a b^T [B, H, T, d] of factors a [B, H, T, r] with those b [B, H, S, d, r] of each token's segment [B, T]."""
+    total = torch.zeros((), dtype=dtype, device=a.device)
+    for s in range(b.shape[2]):
+        own = (segment == s)[:, None, :, None]
+        total = total + torch.where(own, a, 0).to(dtype) @ b[:, :, s].to(dtype).mT
+    return total
+
+
+def restored_decode(
+    q: Tensor,
+    k: Tensor,
+    k_range: Tensor,
+    k_a: Tensor,
+    k_b: Tensor,
+    v: Tensor,
+    v_range: Tensor,
+    v_a: Tensor,
+    v_b: Tensor,
+    scale: float,
+    span: int = 0,
+    page: int = 0,
+    k_error: Tensor | None = None,
+    k_place: Tensor | None = None,
+    v_error: Tensor | None = None,
+    v_place: Tensor | None = None,
+    softcap: float = 0.0,
+    most: int | None = None,
+    length: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same by restoring all tokens, in q's precision but at least fp32; arguments as of `decode_gear`."""
+    batch, _, _, d = q.shape
+    tokens, precision = k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    t = torch.arange(tokens, device=q.device).expand(batch, -1)
+    segment = torch.zeros_like(t)
+    if ends is not None:
+        segment = torch.searchsorted(ends.to(t.dtype), t.contiguous(), right=True).clamp(max=ends.shape[1] - 1)
+    if span == 0:
+        index = segment.view(batch, 1, tokens, 1, 1).expand(-1, k.shape[1], -1, 2, d)
+        k_range, span = k_range.gather(2, index), 1
+    keys = levels(k, k_range, d, span, precision)
+    values = levels(v, v_range, d, 1, precision)
+    if k_error is not None and k_place is not None:
+        paged = keys.unflatten(2, (-1, page)).transpose(3, 4)
+        at = k_place.transpose(3, 4).long().clamp(max=page - 1)
+        keys = paged.scatter_add(4, at, k_error.transpose(3, 4).to(precision)).transpose(3, 4).flatten(2, 3)
+    if v_error is not None and v_place is not None:
+        values = values.scatter_add(3, v_place.long().clamp(max=d - 1), v_error.to(precision))
+    keys = keys + _low_rank(k_a, k_b, segment, precision)
+    values = values + _low_rank(v_a, v_b, segment, precision)
+    return attend_listed(q, keys, values, scale, softcap, most, length, None)
+
+
+def _fake(q: Tensor, *arguments: object, **options: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+decode_gear = register(
+    "decode_gear(Tensor q, Tensor k, Tensor k_range, Tensor k_a, Tensor k_b, Tensor v, Tensor v_range, Tensor v_a, "
+    "Tensor v_b, float scale, int span=0, int page=0, Tensor? k_error=None, Tensor? k_place=None, Tensor? v_error=None, "
+    "Tensor? v_place=None, float softcap=0.0, SymInt? most=None, Tensor? length=None, Tensor? ends=None) "
+    "-> (Tensor, Tensor)",
+    cpu=restored_decode,
+    cuda=split_decode_gear,
+    fake=_fake,
+)
+"""Attention of q [B, Hq, n, d] over tokens as `kvlib.policies.codec.gear.Corrected` keeps them; returns out
+[B, Hq, n, d] fp32 and the natural-log lse [B, Hq, n] fp32, (0, -inf) where a row sees nothing.
+
+k, v, v_range, softcap, most, length: as of `kvlib.kernels.decode_q4.decode_q4`, without lists.
+k_range: fp16, (scale, least) of channels [B, H, T / span, 2, d], or with a span of 0 of segments' [B, H, S, 2, d].
+k_a, v_a: fp16 [B, H, T, r], factors of tokens.  k_b, v_b: fp16 [B, H, S, d, r], factors of segments.
+k_error, k_place: fp16 and uint8 [B, H, T / page, entries, d]: what is to be added to tokens of a page of each channel.
+v_error, v_place: fp16 and uint8 [B, H, T, entries]: what is to be added to channels of each token.
+ends:    int32 [B, S], where segments end, the last at the number of tokens or beyond; multiples of 64.  None: S is 1.
+"""
+
+
+def examples() -> Iterator[Example]:
+    """Launches to compile: Llama-3-8B's heads, the paper's 4 bits of a range per channel and segment first."""
+    for bits, span, groups, d, rank, entries, n in (
+        (4, 0, 1, 128, 4, 2, 1),
+        (4, 0, 1, 128, 4, 0, 1),
+        (2, 64, 2, 128, 4, 2, 1),
+        (2, 64, 2, 128, 4, 0, 1),
+        (4, 64, 2, 128, 8, 2, 1),
+        (8, 0, 1, 128, 4, 2, 1),
+        (4, 0, 1, 64, 4, 2, 1),
+        (4, 0, 1, 128, 4, 6, 1),
+        (4, 0, 1, 128, 4, 2, 4),
+    ):
+        tokens, segments, page = 16384, 8, 128
+        half = {"dtype": torch.float16}
+        q = torch.empty(1, 32, n, d, dtype=torch.bfloat16)
+        codes = torch.empty(1, 8, tokens, d * bits // 8, dtype=torch.uint8)
+        k_range = torch.empty(1, 8, tokens // span if span else segments, 2, d, **half)
+        v_range = torch.empty(1, 8, tokens, 2, groups, **half)
+        a, b = torch.empty(1, 8, tokens, rank, **half), torch.empty(1, 8, segments, d, rank, **half)
+        out = {}
+        if entries:
+            k_error, v_error = (
+                torch.empty(1, 8, tokens // page, entries, d, **half),
+                torch.empty(1, 8, tokens, entries, **half),
+            )
+            out = {"k_error": k_error, "k_place": k_error.byte(), "v_error": v_error, "v_place": v_error.byte()}
+        length, ends = torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, segments, dtype=torch.int32)
+        pieces = (q, codes, k_range, a, b, codes, v_range, a, b)
+        options = {**out, "span": span, "page": page, "length": length, "ends": ends}
+
+        def launch(pieces: tuple[Tensor, ...] = pieces, options: dict[str, Any] = options) -> object:
+            return split_decode_gear(*pieces, scale=pieces[0].shape[-1] ** -0.5, **options)
+
+        per_token = 2 * codes.shape[-1] + 4 * groups + 4 * rank + 3 * entries * (1 + d / page)
+        ranges = 4 * d / span if span else 0
+        tile = {"decode_corrected": int(rows_of(bits, bits, d, entries) * (per_token + ranges))}
+        keys = f"{span} tokens" if span else "segment"
+        yield Example(f"{bits} bits, a range per {keys}, rank {rank}, {entries} entries, d {d}, n {n}", launch, tile)
