@@ -270,6 +270,8 @@ def split_decode(
         items = rows * max(1, -(-most // chunk))
     out = q.new_empty((batch, q_heads, n, dv), dtype=torch.float32)
     lse = q.new_empty((batch, q_heads, n), dtype=torch.float32)
+    if not most or not rows:
+        return out.zero_(), lse.fill_(float("-inf"))
     part, part_lse = out, lse
     if not whole:
         part = q.new_empty((items, group * n, dv), dtype=torch.float32)

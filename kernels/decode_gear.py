@@ -36,6 +36,7 @@ from kvlib.kernels.decode import chunk_of
 from kvlib.kernels.decode_q4 import attend_listed, bits_of, flat, groups_of, levels, merged, tile_of, words
 from kvlib.kernels.launch import INTERPRET, Example, dot, jit, power, softcapped, tl
 from kvlib.kernels.ops import register
+from kvlib.kernels.quantise import folded
 
 MOST = 8  # entries of a vector that may stand out: each is compared with every element
 ALL = tl.constexpr(1 << 30)  # what is divided by it is 0, but not known to be, and so stays in its loop
@@ -369,18 +370,17 @@ def split_decode_gear(
     group, rows, rank, segments = q_heads // heads, batch * heads, k_a.shape[3], k_b.shape[2]
     entries = [0 if x is None else x.shape[3] for x in (k_error, v_error)]
     tile = rows_of(min(k_bits, v_bits), max(k_bits, v_bits), d, max(entries))
-    block_m = 8 if group * n <= 8 or max(entries) else 16
     if max(entries) > MOST:
         raise ValueError(f"{max(entries)} entries of a vector stand out: give at most {MOST}")
     if (segments > 1 and ends is None) or page % tile:
         raise ValueError(f"{segments} segments, pages of {page} tokens: give ends, and pages of whole tiles of {tile}")
     most = k.shape[2] if most is None else most
     keys = "entry" if span % tile else "span"
-    k_rows = k_range.view(*k_range.shape[:3], -1)
+    k_rows = k_range.view(*k_range.shape[:3], 2 * d)
     v, v_words = v.view(torch.int16), words(v_range)
     v_errors = None if v_error is None else v_error.view(torch.int32)
     length = flat(length, batch, heads)
-    chunk = chunk_of(most // 2)
+    chunk = chunk_of(most // 2)  # a program is one warp: more of them than of larger ones fill a GPU
     whole = most <= chunk
     items = rows * max(1, -(-most // chunk))
     out = q.new_empty((batch, q_heads, n, d), dtype=torch.float32)
@@ -392,7 +392,7 @@ def split_decode_gear(
     width = d * k_bits // 8
     width //= 2 if width % 64 == 0 else 1
     pieces = (q, k, k_rows, k_a, k_b, k_error, k_place, v, v_words, v_a, v_b, v_errors, v_place)
-    decode_corrected[(rows if whole else items, -(-group * n // block_m))](
+    decode_corrected[(rows if whole else items, -(-group * n // 8))](
         *pieces,
         part,
         part_lse,
@@ -422,7 +422,7 @@ def split_decode_gear(
         CHUNK=chunk,
         CAP=softcap,
         WHOLE=whole,
-        BLOCK_M=block_m,
+        BLOCK_M=8,
         WIDTH=width,
         BLOCK_K=max(16, power(width)),
         BLOCK_V=max(16, power(d * v_bits // 16 // max(1, groups * v_bits // 8))),
@@ -443,7 +443,7 @@ def _low_rank(a: Tensor, b: Tensor, segment: Tensor, dtype: torch.dtype) -> Tens
     total = torch.zeros((), dtype=dtype, device=a.device)
     for s in range(b.shape[2]):
         own = (segment == s)[:, None, :, None]
-        total = total + torch.where(own, a, 0).to(dtype) @ b[:, :, s].to(dtype).mT
+        total = torch.where(own, a.to(dtype) @ b[:, :, s].to(dtype).mT, total)
     return total
 
 
@@ -482,7 +482,7 @@ def restored_decode(
     keys = levels(k, k_range, d, span, precision)
     values = levels(v, v_range, d, 1, precision)
     if k_error is not None and k_place is not None:
-        paged = keys.unflatten(2, (-1, page)).transpose(3, 4)
+        paged = folded(keys, 2, page).transpose(3, 4)
         at = k_place.transpose(3, 4).long().clamp(max=page - 1)
         keys = paged.scatter_add(4, at, k_error.transpose(3, 4).to(precision)).transpose(3, 4).flatten(2, 3)
     if v_error is not None and v_place is not None:
@@ -517,42 +517,49 @@ ends:    int32 [B, S], where segments end, the last at the number of tokens or b
 """
 
 
+def _halves(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
 def examples() -> Iterator[Example]:
     """Launches to compile: Llama-3-8B's heads, the paper's 4 bits of a range per channel and segment first."""
-    for bits, span, groups, d, rank, entries, n in (
-        (4, 0, 1, 128, 4, 2, 1),
-        (4, 0, 1, 128, 4, 0, 1),
-        (2, 64, 2, 128, 4, 2, 1),
-        (2, 64, 2, 128, 4, 0, 1),
-        (4, 64, 2, 128, 8, 2, 1),
-        (8, 0, 1, 128, 4, 2, 1),
-        (4, 0, 1, 64, 4, 2, 1),
-        (4, 0, 1, 128, 4, 6, 1),
-        (4, 0, 1, 128, 4, 2, 4),
+    for bits, span, groups, d, rank, entries in (
+        (4, 0, 1, 128, 4, 2),
+        (4, 0, 1, 128, 4, 0),
+        (2, 64, 2, 128, 4, 2),
+        (2, 64, 2, 128, 4, 0),
+        (4, 64, 2, 128, 8, 2),
+        (8, 0, 1, 128, 4, 2),
+        (4, 0, 1, 64, 4, 2),
+        (4, 0, 1, 128, 4, 6),
     ):
         tokens, segments, page = 16384, 8, 128
-        half = {"dtype": torch.float16}
-        q = torch.empty(1, 32, n, d, dtype=torch.bfloat16)
+        q = torch.empty(1, 32, 1, d, dtype=torch.bfloat16)
         codes = torch.empty(1, 8, tokens, d * bits // 8, dtype=torch.uint8)
-        k_range = torch.empty(1, 8, tokens // span if span else segments, 2, d, **half)
-        v_range = torch.empty(1, 8, tokens, 2, groups, **half)
-        a, b = torch.empty(1, 8, tokens, rank, **half), torch.empty(1, 8, segments, d, rank, **half)
-        out = {}
+        k_range = _halves(1, 8, tokens // span if span else segments, 2, d)
+        v_range = _halves(1, 8, tokens, 2, groups)
+        a, b = _halves(1, 8, tokens, rank), _halves(1, 8, segments, d, rank)
+        options: dict[str, Any] = {
+            "q": q,
+            "k": codes,
+            "k_range": k_range,
+            "k_a": a,
+            "k_b": b,
+            "v": codes,
+            "v_range": v_range,
+        }
+        options |= {"v_a": a, "v_b": b, "length": torch.zeros(1, 8, dtype=torch.int32)}
+        options |= {"ends": torch.zeros(1, segments, dtype=torch.int32)}
         if entries:
-            k_error, v_error = (
-                torch.empty(1, 8, tokens // page, entries, d, **half),
-                torch.empty(1, 8, tokens, entries, **half),
-            )
-            out = {"k_error": k_error, "k_place": k_error.byte(), "v_error": v_error, "v_place": v_error.byte()}
-        length, ends = torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, segments, dtype=torch.int32)
-        pieces = (q, codes, k_range, a, b, codes, v_range, a, b)
-        options = {**out, "span": span, "page": page, "length": length, "ends": ends}
+            options["k_error"] = _halves(1, 8, tokens // page, entries, d)
+            options["v_error"] = _halves(1, 8, tokens, entries)
+            options |= {f"{side}_place": options[f"{side}_error"].byte() for side in "kv"}
 
-        def launch(pieces: tuple[Tensor, ...] = pieces, options: dict[str, Any] = options) -> object:
-            return split_decode_gear(*pieces, scale=pieces[0].shape[-1] ** -0.5, **options)
+        def launch(options: dict[str, Any] = options, span: int = span, page: int = page) -> object:
+            return split_decode_gear(**options, scale=0.1, span=span, page=page)
 
         per_token = 2 * codes.shape[-1] + 4 * groups + 4 * rank + 3 * entries * (1 + d / page)
         ranges = 4 * d / span if span else 0
         tile = {"decode_corrected": int(rows_of(bits, bits, d, entries) * (per_token + ranges))}
         keys = f"{span} tokens" if span else "segment"
-        yield Example(f"{bits} bits, a range per {keys}, rank {rank}, {entries} entries, d {d}, n {n}", launch, tile)
+        yield Example(f"{bits} bits, a range per {keys}, rank {rank}, {entries} entries, d {d}", launch, tile)

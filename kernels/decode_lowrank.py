@@ -229,7 +229,8 @@ def decode_lowrank_split(
 def serves(q: Tensor, rot: int, interleaved: bool) -> bool:
     """Whether the kernel does: half precision, d a power of two that the embedding turns whole, by halves as in Llama."""
     d = q.shape[3]
-    return q.dtype != torch.float32 and not interleaved and rot == d and d == power(d) and 32 <= d <= 256
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and not interleaved and rot == d and d == power(d) and 32 <= d <= 256
 
 
 def split_lowrank(
@@ -291,8 +292,7 @@ def split_lowrank(
         length = length.view(batch, -1).expand(batch, heads).contiguous()
     block_m = min(_ROWS, max(8, power(group * n)))
     per_head = [None if x is None else x.expand(batch, heads, -1) for x in (positions, ids, where, at)]
-    none = (0, 0, 0)
-    strides = [none if x is None else x.stride() for x in per_head]
+    strides = [(0, 0, 0) if x is None else x.stride() for x in per_head]
     decode_lowrank_split[(items, -(-group * n // block_m))](
         q,
         u,

@@ -155,7 +155,7 @@ def tile_of(bits: int, d: int) -> int:
 
 def words(x: Tensor) -> Tensor:
     """Ranges [..., 2, groups] fp16 as int32 words [..., groups]."""
-    return x.view(*x.shape[:-2], -1).view(torch.int32)
+    return x.view(*x.shape[:-2], 2 * x.shape[-1]).view(torch.int32)
 
 
 def sizes(lists: Tensor | None, length: Tensor | None, heads: int) -> int:
@@ -214,11 +214,11 @@ def split_decode_q4(
     span = ALL if k_range.shape[2] == 1 else span
     tile = tile_of(max(k_bits, v_bits), d)
     keys = "token" if by_token else "span" if ids is None and span % tile == 0 else "entry"
-    k_words = words(k_range).squeeze(-1) if by_token else k_range.view(*k_range.shape[:3], -1)
+    k_words = words(k_range).squeeze(-1) if by_token else k_range.view(*k_range.shape[:3], 2 * d)
     v, v_words = v.view(torch.int16), words(v_range)
     ids = None if ids is None else ids.expand(batch, lists, -1)
     length = flat(length, batch, lists)
-    chunk = chunk_of(most // 2)
+    chunk = chunk_of(most // 2)  # a program is one warp: more of them than of larger ones fill a GPU
     whole = most <= chunk
     items = rows * max(1, -(-most // chunk))
     out = q.new_empty((batch, q_heads, n, d), dtype=torch.float32)
@@ -227,7 +227,7 @@ def split_decode_q4(
     if not whole:
         part = q.new_empty((items, group * n, d), dtype=torch.float32)
         part_lse = q.new_empty((items, group * n), dtype=torch.float32)
-    block_m = 8 if group * n <= 8 else 16
+    block_m = 8 if group * n <= 8 or d > 128 else 16
     decode_codes[(rows if whole else items, -(-group * n // block_m))](
         q,
         k,

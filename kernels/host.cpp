@@ -391,7 +391,8 @@ struct Item {
     // The first rows of this thread's next item, if threads keep in step.
     void foresee(const Side& side, const char** next) const {
         const int64_t later = CHUNK * call.threads, left = std::clamp<int64_t>(call.slots - lo - later, 0, FAR);
-        for (int64_t j = 0; j < left; ++j) next[j] = base(side) + token(later + j) * side.token;
+        const auto from = (uintptr_t)base(side), step = (uintptr_t)side.token;  // unsigned: what is only fetched may be no id
+        for (int64_t j = 0; j < left; ++j) next[j] = (const char*)(from + (uintptr_t)token(later + j) * step);
         std::fill_n(next + left, FAR - left, base(side));
     }
 

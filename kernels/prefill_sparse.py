@@ -181,7 +181,7 @@ def prefill_sparse_kernel(
 
 def serves(q: Tensor) -> bool:
     """Whether the kernel does: fp32 products, which are not rounded to tf32, have no room for tiles of a prompt."""
-    return q.dtype != torch.float32 and q.shape[3] <= 256
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256
 
 
 def tile_of(block: int, d: int) -> tuple[int, int, int]:

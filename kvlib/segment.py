@@ -94,7 +94,7 @@ class Tail:
         """Add a chunk [B, H, n, d] of which the last new[r] tokens of row r are real; None: all."""
         n = k.shape[2]
         held = self.lengths if new is not None else None
-        self._reserve(n)
+        self.reserve(n)
         self.k[:, :, self.end : self.end + n].copy_(k)
         self.v[:, :, self.end : self.end + n].copy_(v)
         for field in self.fields.values():
@@ -142,7 +142,8 @@ class Tail:
         even = (starts == starts[0]).all()
         self._index = None if even else torch.from_numpy(starts).to(self.k.device)
 
-    def _reserve(self, n: int) -> None:
+    def reserve(self, n: int) -> None:
+        """Let n more tokens fit."""
         room, begin = self.k.shape[2], self.begin
         if self.end + n <= room:
             return

@@ -98,6 +98,8 @@ def refusal(group: HeadGroup) -> str | None:
         return f"{evictor.name} counts attention at every step"
     if selector is not None and (selector.remembers or selector.reads_keys or selector.scope == "query_head"):
         return f"{selector.name} chooses by what the host remembers: use quest(every=1), or another scope"
+    if getattr(selector, "estimate", False):
+        return "estimates take sizes from the host: leave estimate out"
     return None
 
 
@@ -245,4 +247,4 @@ class Steady:
 def _make_room(tail: Tail, tokens: int) -> None:
     """Let a tail take `tokens` more without moving."""
     if tail.k.shape[2] - tail.end < tokens:
-        tail._reserve(tokens)
+        tail.reserve(tokens)

@@ -97,6 +97,7 @@ def test_graphs_are_replayed_across_seals():
         ("h2o(budget=64)", "counts attention"),
         ("quest(budget=64) @ host", "moves bytes"),
         ("kv4", "take sizes from the host"),
+        ("clusterkv(budget=64, cluster=8, estimate=True)", "leave estimate out"),
         ("quest(budget=96, page=8, every=2)", "remembers"),
     ],
 )

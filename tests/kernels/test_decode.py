@@ -132,6 +132,13 @@ def test_a_row_whose_every_weight_is_minus_infinity_sees_nothing():
     assert (lse[:, 2:] == -math.inf).all() and (out[:, 2:] == 0).all() and lse[:, :2].isfinite().all()
 
 
+def test_nothing_to_read():
+    q, k, v = tensors(1, 2, 2, 1, 20, 16, torch.float16)
+    with poisoned():
+        out, lse = split_decode(q, k[:, :, :0], v[:, :, :0], 0.2)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
 def test_garbage_past_the_length_never_shows():
     q, k, v = tensors(1, 2, 2, 1, 100, 32, torch.float16)
     length = torch.tensor([[37, 80]], dtype=torch.int32, device=DEVICE)

@@ -223,7 +223,7 @@ def test_list_lengths_per_row_and_per_list():
 def test_ids_of_no_key(wrong):
     q, k, v = make()
     ids = torch.zeros(2, 2, 600, dtype=torch.int64)
-    ids[1, 1, 599] = wrong
+    ids[1, 1, 540] = wrong
     with pytest.raises(ValueError, match=str(wrong)):
         host.decode(q, k, v, 0.2, ids=ids)
 
