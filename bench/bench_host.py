@@ -57,17 +57,21 @@ def cases(tokens, dense):
                 size * CHOSEN // tokens,
             ),
         }
-    for bits in (8, 4):
-        codes = [
-            Codes(
-                torch.randint(0, 256, (1, HEADS, tokens, D * bits // 8), dtype=torch.uint8),
-                torch.rand(1, HEADS, tokens, 2, 1).half(),
-                bits,
+    forms = {"8 bit codes": (8, 0), "4 bit codes": (4, 0), "2 bit codes": (2, 0), "2 bits as kivi": (2, 32)}
+    for name, (bits, group) in forms.items():
+        codes = [torch.randint(0, 256, (1, HEADS, tokens, D * bits // 8), dtype=torch.uint8) for _ in "kv"]
+        if group:  # keys per channel of 32 tokens, values per 32 channels of a token
+            ranges = [torch.rand(1, HEADS, tokens // group, 2, D), torch.rand(1, HEADS, tokens, 2, D // group)]
+        else:
+            ranges = [torch.rand(1, HEADS, tokens, 2, 1) for _ in "kv"]
+        k, v = (Codes(x, r.half(), bits, y) for x, r, y in zip(codes, ranges, (group or 1, 1), strict=True))
+        size = sum(x.codes.nbytes + x.range.nbytes for x in (k, v))
+        found[name] = (lambda k=k, v=v: host.decode_codes(q, k, v, SCALE), size)
+        if bits == 8:
+            found["read 8 bit codes"] = (
+                lambda k=k, v=v: [host.read(x) for x in (k.codes, k.range, v.codes, v.range)],
+                size,
             )
-            for _ in "kv"
-        ]
-        size = sum(x.codes.nbytes + x.range.nbytes for x in codes)
-        found[f"{bits} bit codes"] = (lambda c=codes: host.decode_codes(q, *c, SCALE), size)
     return found
 
 

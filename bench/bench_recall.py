@@ -22,7 +22,7 @@ import torch
 from planted import GROUP, KV_HEADS, D, Planted, Tokenizer
 
 import kvlib
-from kvlib import indexed, ranked, store
+from kvlib import indexed, ranked
 from kvlib.group import HeadGroup
 from kvlib.recipe import Recipe
 from kvlib.segment import Spec
@@ -137,31 +137,25 @@ def decode(data: Planted, budget: int, steps: int, dtype: torch.dtype) -> list[d
 
 
 def shares(group: HeadGroup, data: Planted, dtype: torch.dtype) -> dict[str, float]:
-    """Median milliseconds of scanning (scores, votes, the best units), of gathering keys and values, and of the rest."""
-    spent = {"scan": 0.0, "gather": 0.0}
-    plain = {"scan": indexed.Indexed._choose, "gather": store.take}
+    """Median milliseconds of scanning (scores, votes, the best units) and of the rest."""
+    plain, spent = indexed.Indexed._choose, [0.0]
 
-    def timed(name):
-        def run(*args, **kwargs):
-            began = time.perf_counter()
-            out = plain[name](*args, **kwargs)
-            spent[name] += time.perf_counter() - began
-            return out
-
-        return run
-
-    indexed.Indexed._choose, store.take = timed("scan"), timed("gather")
-    found: dict[str, list[float]] = {"scan": [], "gather": [], "all": []}
-    for i in range(12):
-        spent.update(scan=0.0, gather=0.0)
+    def timed(*args, **kwargs):
         began = time.perf_counter()
+        out = plain(*args, **kwargs)
+        spent[0] += time.perf_counter() - began
+        return out
+
+    indexed.Indexed._choose = timed
+    scan, whole = [], []
+    for i in range(12):
+        spent[0], began = 0.0, time.perf_counter()
         step(group, data.query(50 + i).to(dtype), data.k[:, :, i : i + 1].to(dtype), data.v[:, :, i : i + 1].to(dtype))
-        found["all"].append(time.perf_counter() - began)
-        for name in spent:
-            found[name].append(spent[name])
-    indexed.Indexed._choose, store.take = plain["scan"], plain["gather"]
-    ms = {name: 1000 * statistics.median(x[2:]) for name, x in found.items()}
-    return {"scan_ms": ms["scan"], "gather_ms": ms["gather"], "attend_ms": ms["all"] - ms["scan"] - ms["gather"]}
+        whole.append(time.perf_counter() - began)
+        scan.append(spent[0])
+    indexed.Indexed._choose = plain
+    ms = 1000 * statistics.median(scan[2:])
+    return {"scan_ms": ms, "attend_ms": 1000 * statistics.median(whole[2:]) - ms}
 
 
 def main() -> None:
@@ -189,9 +183,7 @@ def main() -> None:
             report["decode"] = decode(data, 1024, args.steps, getattr(torch, args.dtype))
             full = report["decode"][0]["ms"]
             for row in report["decode"]:
-                split = "".join(
-                    f"  {part} {row[part + '_ms']:.2f}" for part in ("scan", "gather", "attend") if part + "_ms" in row
-                )
+                split = "".join(f"  {part} {row[part + '_ms']:.2f}" for part in ("scan", "attend") if part + "_ms" in row)
                 print(f"{row['name']:26} {row['ms']:7.2f} ms  {full / row['ms']:5.1f}x{split}", flush=True)
     if args.out:
         (args.out / "recall-cpu.json").write_text(json.dumps(report, indent=1) + "\n")

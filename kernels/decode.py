@@ -331,7 +331,7 @@ def split_decode(
             DV=dv,
             CHUNK=chunk,
             BLOCK_DV=power(dv),
-            BLOCK_C=16,
+            BLOCK_C=64,
             R_BLOCK=r_block,
             num_warps=4,
         )

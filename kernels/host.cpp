@@ -272,7 +272,7 @@ struct Layout {
 
 // ---- The two loops over keys and values
 
-enum Ranges { NONE, SCALED, AFFINE };  // given to each code: nothing, its group's scale, its channel's scale and least value
+enum Ranges { NONE, SCALED, AFFINE };  // given to a code: nothing, its group's scale, its channel's scale and least value
 
 struct Applied {  // to TILE tokens; loops look at up to KEYS - 1 more
     alignas(64) float scale[GROUPS][TILE + 16], least[GROUPS][TILE + 16];  // of each group of channels
@@ -391,7 +391,7 @@ struct Item {
     // The first rows of this thread's next item, if threads keep in step.
     void foresee(const Side& side, const char** next) const {
         const int64_t later = CHUNK * call.threads, left = std::clamp<int64_t>(call.slots - lo - later, 0, FAR);
-        const auto from = (uintptr_t)base(side), step = (uintptr_t)side.token;  // unsigned: what is only fetched may be no id
+        const auto from = (uintptr_t)base(side), step = (uintptr_t)side.token;  // unsigned: it need not be an id
         for (int64_t j = 0; j < left; ++j) next[j] = (const char*)(from + (uintptr_t)token(later + j) * step);
         std::fill_n(next + left, FAR - left, base(side));
     }
@@ -413,11 +413,18 @@ struct Item {
     }
 };
 
-// Asks for the first rows, which no loop has asked for.  Inline, as GCC drops calls of functions that do nothing else.
-__attribute__((always_inline)) inline void fetch(const Side& side, const char* const* rows, int count) {
-    const Layout lay(side);
-    for (int j = 0; j < std::min(count, lay.ahead); ++j)
+// Asks for rows.  Inline, as GCC drops calls of functions that do nothing else.
+__attribute__((always_inline)) inline void fetch(const Layout& lay, const char* const* rows, int count) {
+    for (int j = 0; j < count; ++j)
         for (int i = 0; i < lay.bytes; i += LINE) __builtin_prefetch(rows[j] + i);
+}
+
+// What is asked for while a tile from t on is worked on.  Neighbours: one after the other, from the place returned.  Rows of
+// a list, each in a page of its own: all at once, as looking up a page in the midst of arithmetic holds that up.
+inline const char* const* foreseen(const Item& item, const Layout& lay, const char* const* rows, int t) {
+    if (item.ids == nullptr) return rows + t + lay.ahead;
+    fetch(lay, rows + t + TILE, std::min(TILE, item.count - t + KEYS + FAR - TILE));
+    return nullptr;
 }
 
 bool by_token(const Side& side) { return side.range != nullptr && side.span == 1; }
@@ -494,6 +501,7 @@ void score(const Item& item, Scratch& w) {
             if (span != folded) fold_query(item, lay, item.range(k) + span * k.range_token, w);
             folded = span;
         }
+        const char* const* next = foreseen(item, lay, w.keys, t);
         if (tokens) item.find_ranges(k, t, n, w.applied);
         for (int j = 0; j < n + KEYS && range == AFFINE; ++j)
             w.applied.channels[j] = item.range(k) + item.token(std::min(t + j, item.count - 1)) / k.span * k.range_token;
@@ -502,8 +510,7 @@ void score(const Item& item, Scratch& w) {
                 with_rows(std::min(RB, item.rows - r), [&](auto rows) {
                     using F = decltype(format);
                     constexpr int R = decltype(rows)::value;
-                    const char* const* at = w.keys + t;
-                    const char* const* ahead = r == 0 ? at + lay.ahead : nullptr;
+                    const char* const *at = w.keys + t, *const *ahead = r == 0 ? next : nullptr;
                     const float* q = (folds ? w.folded : w.q) + r * lay.floats();
                     float* s = w.s + r * STRIDE + t;
                     if constexpr (F::BYTES == 1) {
@@ -566,6 +573,7 @@ void weigh(const Item& item, float* out, int64_t out_stride, Scratch& w) {
     for (int r = 0; r < item.rows; ++r) std::fill_n(w.total[r], GROUPS, 0.0f);
     for (int t = 0; t < item.count; t += TILE) {
         const int n = std::min(TILE, item.count - t);
+        const char* const* next = foreseen(item, lay, w.values, t);
         if (tokens) item.find_ranges(v, t, n, w.applied);
         for (int r = 0; r < item.rows; ++r)
             for (int g = 0; g < v.groups && tokens; ++g) {
@@ -582,8 +590,7 @@ void weigh(const Item& item, float* out, int64_t out_stride, Scratch& w) {
                 with_rows(std::min(RB, item.rows - r), [&](auto rows) {
                     using F = decltype(format);
                     constexpr int R = decltype(rows)::value, U = std::max(1, 4 / F::PLANES);
-                    const char* const* at = w.values + t;
-                    const char* const* ahead = r == 0 ? at + lay.ahead : nullptr;
+                    const char* const *at = w.values + t, *const *ahead = r == 0 ? next : nullptr;
                     const float* weights = folds ? w.weights + r * TILE : w.s + r * STRIDE + t;
                     const int stride = folds ? TILE : STRIDE;
                     float* o = w.o + r * lay.floats();
@@ -675,14 +682,14 @@ struct Plan {
         if (c.what != SCORES) item.find(c.v, w.next, w.values);
         if (c.what != SUM) {
             item.find(c.k, c.what == SCORES ? w.next : w.values, w.keys);
-            fetch(c.k, w.keys, item.count);
+            fetch(Layout(c.k), w.keys, std::min(TILE, item.count));
             score(item, w);
         }
         for (int r = 0; r < item.rows && c.what == SUM; ++r) {
             std::memcpy(w.s + r * STRIDE, item.row(r) + 4 * item.lo, 4 * item.count);
             std::fill_n(w.s + r * STRIDE + item.count, W, 0.0f);
         }
-        if (c.what != SCORES) fetch(c.v, w.values, item.count);
+        if (c.what != SCORES) fetch(Layout(c.v), w.values, std::min(TILE, item.count));
     }
 
     // The results of all chunks of a query row as one; rows are numbered as in out [B, Hq, n].
@@ -744,15 +751,15 @@ bool kvlib_run(const Call* call) {
     return known;
 }
 
-// The sum of data as 32-bit words: the pace at which memory can be read here.
+// The sum of data as 32-bit words, to the last whole 512 bytes or so: the pace at which memory can be read here.
 uint32_t kvlib_read(const char* data, int64_t bytes, int64_t threads) {
     constexpr int64_t PIECE = 1 << 18;
     uint32_t total = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads) if (threads > 1) reduction(+ : total)
-    for (int64_t i = 0; i < bytes / PIECE; ++i) {
+    for (int64_t lo = 0; lo < bytes; lo += PIECE) {
         vu acc[8] = {};
-        for (const char* at = data + i * PIECE; at < data + (i + 1) * PIECE; at += sizeof acc)
-            for (int j = 0; j < 8; ++j) acc[j] += load<vu>(at + 4 * W * j);
+        for (int64_t at = lo; at + (int64_t)sizeof acc <= std::min(bytes, lo + PIECE); at += sizeof acc)
+            for (int j = 0; j < 8; ++j) acc[j] += load<vu>(data + at + 4 * W * j);
         for (int j = 1; j < 8; ++j) acc[0] += acc[j];
         for (int j = 0; j < W; ++j) total += acc[0][j];
     }
