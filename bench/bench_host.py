@@ -48,15 +48,18 @@ def cases(tokens, dense):
             f"read {name}": (lambda k=k, v=v: (host.read(k), host.read(v)), size),
             f"{name}": (lambda q=own, k=k, v=v: host.decode(q, k, v, SCALE), size),
             f"{name}, torch": (lambda q=own, k=k, v=v: by_products(q, k, v), size),
-            f"{name}, {CHOSEN} listed": (
-                lambda q=own, k=k, v=v, ids=ids: host.decode(q, k, v, SCALE, ids=ids),
-                size * CHOSEN // tokens,
-            ),
-            f"{name}, {CHOSEN} listed, torch": (
-                lambda q=own, k=k, v=v, ids=ids: by_products(q, *(take(x, ids, HEADS) for x in (k, v))),
-                size * CHOSEN // tokens,
-            ),
         }
+        for order, listed in (("listed", ids), ("in order", ids.sort(-1).values)):
+            found |= {
+                f"{name}, {CHOSEN} {order}": (
+                    lambda q=own, k=k, v=v, ids=listed: host.decode(q, k, v, SCALE, ids=ids),
+                    size * CHOSEN // tokens,
+                ),
+                f"{name}, {CHOSEN} {order}, torch": (
+                    lambda q=own, k=k, v=v, ids=listed: by_products(q, *(take(x, ids, HEADS) for x in (k, v))),
+                    size * CHOSEN // tokens,
+                ),
+            }
     forms = {"8 bit codes": (8, 0), "4 bit codes": (4, 0), "2 bit codes": (2, 0), "2 bits as kivi": (2, 32)}
     for name, (bits, group) in forms.items():
         codes = [torch.randint(0, 256, (1, HEADS, tokens, D * bits // 8), dtype=torch.uint8) for _ in "kv"]

@@ -262,7 +262,7 @@ struct Layout {
         units = (plane + W - 1) / W;
         group = (int)(side.size / std::max<int64_t>(1, side.groups));
         bytes = (int)(side.size * (f == 0 ? 32 : f == 1 ? 16 : f) / 8);
-        ahead = std::clamp(12288 / bytes, 16, FAR);
+        ahead = std::clamp(16384 / bytes, 16, FAR);
     }
     int floats() const { return planes * units * W; }
     int at(int u) const { return std::min(u * W, plane - W); }
@@ -413,18 +413,11 @@ struct Item {
     }
 };
 
-// Asks for rows.  Inline, as GCC drops calls of functions that do nothing else.
-__attribute__((always_inline)) inline void fetch(const Layout& lay, const char* const* rows, int count) {
-    for (int j = 0; j < count; ++j)
+// Asks for the first rows, which no loop before has asked for.  Inline, as GCC drops calls of functions that do nothing else.
+__attribute__((always_inline)) inline void fetch(const Side& side, const char* const* rows, int count) {
+    const Layout lay(side);
+    for (int j = 0; j < std::min(count, lay.ahead); ++j)
         for (int i = 0; i < lay.bytes; i += LINE) __builtin_prefetch(rows[j] + i);
-}
-
-// What is asked for while a tile from t on is worked on.  Neighbours: one after the other, from the place returned.  Rows of
-// a list, each in a page of its own: all at once, as looking up a page in the midst of arithmetic holds that up.
-inline const char* const* foreseen(const Item& item, const Layout& lay, const char* const* rows, int t) {
-    if (item.ids == nullptr) return rows + t + lay.ahead;
-    fetch(lay, rows + t + TILE, std::min(TILE, item.count - t + KEYS + FAR - TILE));
-    return nullptr;
 }
 
 bool by_token(const Side& side) { return side.range != nullptr && side.span == 1; }
@@ -501,7 +494,6 @@ void score(const Item& item, Scratch& w) {
             if (span != folded) fold_query(item, lay, item.range(k) + span * k.range_token, w);
             folded = span;
         }
-        const char* const* next = foreseen(item, lay, w.keys, t);
         if (tokens) item.find_ranges(k, t, n, w.applied);
         for (int j = 0; j < n + KEYS && range == AFFINE; ++j)
             w.applied.channels[j] = item.range(k) + item.token(std::min(t + j, item.count - 1)) / k.span * k.range_token;
@@ -510,7 +502,7 @@ void score(const Item& item, Scratch& w) {
                 with_rows(std::min(RB, item.rows - r), [&](auto rows) {
                     using F = decltype(format);
                     constexpr int R = decltype(rows)::value;
-                    const char* const *at = w.keys + t, *const *ahead = r == 0 ? next : nullptr;
+                    const char* const *at = w.keys + t, *const *ahead = r == 0 ? at + lay.ahead : nullptr;
                     const float* q = (folds ? w.folded : w.q) + r * lay.floats();
                     float* s = w.s + r * STRIDE + t;
                     if constexpr (F::BYTES == 1) {
@@ -573,7 +565,6 @@ void weigh(const Item& item, float* out, int64_t out_stride, Scratch& w) {
     for (int r = 0; r < item.rows; ++r) std::fill_n(w.total[r], GROUPS, 0.0f);
     for (int t = 0; t < item.count; t += TILE) {
         const int n = std::min(TILE, item.count - t);
-        const char* const* next = foreseen(item, lay, w.values, t);
         if (tokens) item.find_ranges(v, t, n, w.applied);
         for (int r = 0; r < item.rows; ++r)
             for (int g = 0; g < v.groups && tokens; ++g) {
@@ -590,7 +581,7 @@ void weigh(const Item& item, float* out, int64_t out_stride, Scratch& w) {
                 with_rows(std::min(RB, item.rows - r), [&](auto rows) {
                     using F = decltype(format);
                     constexpr int R = decltype(rows)::value, U = std::max(1, 4 / F::PLANES);
-                    const char* const *at = w.values + t, *const *ahead = r == 0 ? next : nullptr;
+                    const char* const *at = w.values + t, *const *ahead = r == 0 ? at + lay.ahead : nullptr;
                     const float* weights = folds ? w.weights + r * TILE : w.s + r * STRIDE + t;
                     const int stride = folds ? TILE : STRIDE;
                     float* o = w.o + r * lay.floats();
@@ -682,14 +673,14 @@ struct Plan {
         if (c.what != SCORES) item.find(c.v, w.next, w.values);
         if (c.what != SUM) {
             item.find(c.k, c.what == SCORES ? w.next : w.values, w.keys);
-            fetch(Layout(c.k), w.keys, std::min(TILE, item.count));
+            fetch(c.k, w.keys, item.count);
             score(item, w);
         }
         for (int r = 0; r < item.rows && c.what == SUM; ++r) {
             std::memcpy(w.s + r * STRIDE, item.row(r) + 4 * item.lo, 4 * item.count);
             std::fill_n(w.s + r * STRIDE + item.count, W, 0.0f);
         }
-        if (c.what != SCORES) fetch(Layout(c.v), w.values, std::min(TILE, item.count));
+        if (c.what != SCORES) fetch(c.v, w.values, item.count);
     }
 
     // The results of all chunks of a query row as one; rows are numbered as in out [B, Hq, n].
