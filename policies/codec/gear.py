@@ -138,7 +138,7 @@ class Corrected(Form):
         ends, d, segments = stored[0].ends.get(MERGED), q.shape[3], k["b"].shape[2]
         by_segment = self.base.per_channel and not self.base.group
         alike = not by_segment or k["range"].shape[2] == segments  # merging leaves more ranges than factors
-        fits = d in (64, 128) and self.rank <= 16 and self.base.bits == values.base.bits
+        fits = d in (64, 128) and self.rank in (2, 4, 8) and self.base.bits == values.base.bits
         step = self.page or self.base.group  # of which segments are multiples
         whole = step % 64 == 0 and (step > 0 or segments == 1)
         few = max(self.ends(d), values.ends(d)) * 2 <= MOST
