@@ -413,7 +413,7 @@ struct Item {
     }
 };
 
-// Asks for the first rows, which no loop before has asked for.  Inline, as GCC drops calls of functions that do nothing else.
+// Asks for the first rows, which no loop before has asked for.  Inline: GCC drops calls of functions that do nothing else.
 __attribute__((always_inline)) inline void fetch(const Side& side, const char* const* rows, int count) {
     const Layout lay(side);
     for (int j = 0; j < std::min(count, lay.ahead); ++j)
