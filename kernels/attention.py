@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kvlib.kernels import fused, host
 from kvlib.kernels.decode import ROWS, decode, serves
+from kvlib.kernels.prefill_sparse import prefill_sparse
+from kvlib.kernels.prefill_sparse import serves as walks
 from kvlib.kernels.take import take
 
 # Elements of one block of scores: small enough to stay in a core's cache, large enough to keep the product efficient.
@@ -103,23 +105,20 @@ def attention(
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible, softcap: float | None, probabilities: bool
 ) -> Partial | None:
-    """The same by a kernel of one pass, where there is one for it: few query rows, or a prompt without padding on a GPU."""
+    """The same by a kernel of one pass, where there is one for it: few query rows, or a prompt on a GPU."""
     n, keys = q.shape[2], k.shape[2]
     if visible.mask is not None or (visible.causal and visible.length is not None) or not keys:
         return None
     start, length = visible.start, visible.length
-    if visible.window is not None and visible.window < keys:
-        if n > 1 or not isinstance(visible.sink, int) or visible.sink:
-            return None
+    banded = visible.window is not None and visible.window < keys
+    if n * (q.shape[1] // k.shape[1]) > ROWS or (banded and (n > 1 or isinstance(visible.sink, Tensor) or visible.sink)):
+        return None if probabilities else _prompt(q, k, v, scale, visible, softcap)
+    if banded:
+        assert visible.window is not None
         beyond = keys - visible.window
         k, v = k[:, :, beyond:], v[:, :, beyond:]
         start = None if start is None else (start - beyond).clamp_(min=0)
         length = None if length is None else (length - beyond).clamp_(min=0)
-    if n * (q.shape[1] // k.shape[1]) > ROWS:
-        if probabilities or start is not None or length is not None or not fused.serves(q, k, v, softcap):
-            return None
-        out, lse = fused.fused(q, k, v, scale, softcap, visible.causal)
-        return Partial(out.float(), lse)
     causal = visible.causal and n > 1
     if q.is_cuda and not probabilities and serves(q, k, v):
         count = length if start is None else (k.shape[2] if length is None else length) - start
@@ -132,6 +131,22 @@ def _by_kernel(
             )
         )
     return None
+
+
+def _prompt(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible, softcap: float | None
+) -> Partial | None:
+    """Many query rows on a GPU: all keys by somebody else's kernel; a window, padding and what that does not take by ours."""
+    if not q.is_cuda or visible.length is not None:
+        return None
+    window = k.shape[2] if visible.window is None else min(visible.window, k.shape[2])
+    if window == k.shape[2] and visible.start is None and fused.serves(q, k, v, softcap):
+        out, lse = fused.fused(q, k, v, scale, softcap, visible.causal)
+        return Partial(out.float(), lse)
+    if not (visible.causal and isinstance(visible.sink, int) and walks(q, k, v)):
+        return None
+    found = prefill_sparse(q, k, v, scale, 128, softcap or 0.0, window=window, sink=visible.sink, start=visible.start)
+    return Partial(*found)
 
 
 def attend_listed(

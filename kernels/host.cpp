@@ -4,7 +4,6 @@
 // threads, and the items' results are merged in order: the same bits on any number of threads.  An item computes all its
 // scores, then their softmax, then the weighted sum of its values.  Keys and values are read where they are, nothing is
 // gathered or decoded to memory, and rows further down are fetched meanwhile, those of the loop after this one too.
-// Listed tokens are read from low to high addresses: a page of memory found is then a page beside the last.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -63,7 +62,6 @@ constexpr int W = 4, RB = 2;
 constexpr int KEYS = 4;               // keys whose scores are computed side by side
 constexpr int TILE = 64;              // keys that stay in the nearest cache while all rows of an item pass over them
 constexpr int CHUNK = 512;            // slots of an item; kernels/host.py knows it too
-constexpr int BUCKETS = 512;          // of addresses, by which an item's listed tokens are ordered
 constexpr int ROWS = 16;              // query rows of an item
 constexpr int STRIDE = CHUNK + 16;    // floats from one row of scores to the next: slack for whole registers
 constexpr int PADDED = 512 + 4 * 16;  // channels of a head in whole registers, at most
@@ -165,6 +163,12 @@ inline vf tanh(vf x) {  // likewise; near 0 a polynomial, where the quotient wou
     const vf capped = size > splat(20.0f) ? splat(20.0f) : size;
     const vf large = 1.0f - 2.0f / (exp(capped + capped) + 1.0f);
     return size < splat(0.625f) ? y * z * x + x : (x < vf{} ? -large : large);
+}
+
+// Asks memory for a row, into the second cache: what is on its way to the nearest holds one of its few places until it has
+// come.  Inline: GCC drops calls of functions that do nothing else.
+__attribute__((always_inline)) inline void fetch(const char* row, int bytes) {
+    for (int i = 0; i < bytes; i += LINE) __builtin_prefetch(row + i, 0, 2);
 }
 
 // Compilers make two halves of such a conversion to a whole register.
@@ -290,11 +294,11 @@ void dots(const Layout& lay, const Applied& applied, const char* const* rows, co
     const int units = UNITS ? UNITS : lay.units;
     for (int j = 0; j < count; j += KEYS) {
         vf acc[R][KEYS] = {};
+        if (ahead != nullptr)
+            for (int i = 0; i < KEYS; ++i) fetch(ahead[j + i], units * W * F::BYTES);
         const auto unit = [&](int u, int at) __attribute__((always_inline)) {
             vi read[KEYS];
             for (int i = 0; i < KEYS; ++i) read[i] = F::read(rows[j + i], at);
-            if (ahead != nullptr && u % std::max(1, LINE / (W * F::BYTES)) == 0)
-                for (int i = 0; i < KEYS; ++i) __builtin_prefetch(ahead[j + i] + at * F::BYTES);
             for (int p = 0; p < F::PLANES; ++p) {
                 vf y[R];
                 for (int r = 0; r < R; ++r) y[r] = held(load<vf>(q + ((r * F::PLANES + p) * units + u) * W));
@@ -331,8 +335,7 @@ void weigh(const Layout& lay, const Applied& applied, const char* const* rows, c
             for (int p = 0; p < F::PLANES; ++p) acc[r][u][p] = load<vf>(place(r, u, p));
     for (int j = 0; j < count; ++j) {
         if (ahead != nullptr)
-            for (int i = (from * BYTES + LINE - 1) / LINE * LINE; i < (from + U) * BYTES; i += LINE)
-                __builtin_prefetch(ahead[j] + i);
+            for (int i = (from * BYTES + LINE - 1) / LINE * LINE; i < (from + U) * BYTES; i += LINE) fetch(ahead[j] + i, 1);
         vf x[U][F::PLANES];
         for (int u = 0; u < U; ++u) {
             const vi read = F::read(rows[j], lay.at(from + u));
@@ -360,8 +363,6 @@ struct Scratch {
     alignas(64) float weights[ROWS * TILE];
     float total[ROWS][GROUPS];
     const char *keys[CHUNK + KEYS + FAR], *values[CHUNK + KEYS + FAR], *next[FAR];
-    int64_t tokens[CHUNK];
-    uint16_t slots[CHUNK];
     Applied applied;
 };
 
@@ -369,16 +370,14 @@ struct Item {
     const Call& call;
     int64_t b, list, first, lo;  // first: its first query row among the list's; lo: its first slot
     int rows, count;             // query rows, slots
-    const int64_t* ids;          // its part of a list, or null
-    const uint16_t* slots;       // which of its slots each token has, where they are read in another order, or null
+    const int64_t* ids;          // the list, or null
 
     int64_t query_head(int r) const { return list * (call.q_heads / call.lists) + (first + r) / call.n; }
     int64_t query(int r) const { return (first + r) % call.n; }
     int64_t place(int r) const { return (b * call.q_heads + query_head(r)) * call.n + query(r); }
     const char* row(int r) const { return call.q + b * call.q_batch + query_head(r) * call.q_head + query(r) * call.q_row; }
     int64_t head() const { return list / (call.lists / call.heads); }
-    int64_t token(int64_t j) const { return ids == nullptr ? lo + j : ids[j]; }
-    int64_t slot(int64_t j) const { return slots == nullptr ? j : slots[j]; }
+    int64_t token(int64_t j) const { return ids == nullptr ? lo + j : ids[lo + j]; }
     const char* base(const Side& side) const { return side.data + b * side.batch + head() * side.head; }
     const uint16_t* range(const Side& side) const { return side.range + b * side.range_batch + head() * side.range_head; }
 
@@ -389,15 +388,14 @@ struct Item {
         if (ids == nullptr)
             for (int64_t j = 0; j < count; ++j) places[j] = from + (lo + j) * step;
         else
-            for (int64_t j = 0; j < count; ++j) places[j] = from + ids[j] * step;
+            for (int64_t j = 0; j < count; ++j) places[j] = from + ids[lo + j] * step;
         std::fill_n(places + count, KEYS, places[count - 1]);
         std::copy_n(next, FAR, places + count + KEYS);
     }
 
     // The first rows of this thread's next item, if threads keep in step.
     void foresee(const Side& side, const char** next) const {
-        const int64_t later = CHUNK * call.threads;
-        const int64_t left = slots == nullptr ? std::clamp<int64_t>(call.slots - lo - later, 0, FAR) : 0;
+        const int64_t later = CHUNK * call.threads, left = std::clamp<int64_t>(call.slots - lo - later, 0, FAR);
         const auto from = (uintptr_t)base(side), step = (uintptr_t)side.token;  // unsigned: it need not be an id
         for (int64_t j = 0; j < left; ++j) next[j] = (const char*)(from + (uintptr_t)token(later + j) * step);
         std::fill_n(next + left, FAR - left, base(side));
@@ -420,25 +418,10 @@ struct Item {
     }
 };
 
-// Asks for the first rows, which no loop before has asked for.  Inline: GCC drops calls of functions that do nothing else.
+// Asks for the first rows, which no loop before has asked for.
 __attribute__((always_inline)) inline void fetch(const Side& side, const char* const* rows, int count) {
     const Layout lay(side);
-    for (int j = 0; j < std::min(count, lay.ahead); ++j)
-        for (int i = 0; i < lay.bytes; i += LINE) __builtin_prefetch(rows[j] + i);
-}
-
-// Orders an item's ids by address, to within a bucket, and notes their slots.
-void sort(const int64_t* ids, int count, int64_t keys, Scratch& w) {
-    uint16_t ends[BUCKETS + 1] = {};
-    int shift = 0;
-    while (keys - 1 >> shift >= BUCKETS) ++shift;
-    for (int j = 0; j < count; ++j) ++ends[(ids[j] >> shift) + 1];
-    for (int i = 0; i < BUCKETS; ++i) ends[i + 1] += ends[i];
-    for (int j = 0; j < count; ++j) {
-        const int at = ends[ids[j] >> shift]++;
-        w.tokens[at] = ids[j];
-        w.slots[at] = (uint16_t)j;
-    }
+    for (int j = 0; j < std::min(count, lay.ahead); ++j) fetch(rows[j], lay.bytes);
 }
 
 bool by_token(const Side& side) { return side.range != nullptr && side.span == 1; }
@@ -558,10 +541,7 @@ std::pair<float, float> soften(const Item& item, int r, float* s) {
     if (c.bias != nullptr) {
         const int64_t head = item.query_head(r) * c.bias_heads / c.q_heads;
         const float* bias = c.bias + item.b * c.bias_batch + head * c.bias_head + item.lo;
-        for (int j = 0; j < seen; ++j) {
-            const float x = bias[item.slot(j)];
-            s[j] = x == -INF ? -INF : s[j] + x;
-        }
+        for (int j = 0; j < seen; ++j) s[j] = bias[j] == -INF ? -INF : s[j] + bias[j];
     }
     std::fill(s + seen, s + (item.count + W - 1) / W * W, -INF);
     vf most = splat(-INF), total = {};
@@ -666,38 +646,28 @@ struct Plan {
         const Call& c = call;
         const int64_t chunk = number % chunks, first = number / chunks % passes * ROWS, place = number / chunks / passes;
         const int64_t b = place / c.lists, list = place % c.lists, lo = std::max(chunk * CHUNK, start(b));
-        const int64_t* ids = c.ids == nullptr ? nullptr : c.ids + b * c.ids_batch + list * c.ids_list + lo;
+        const int64_t* ids = c.ids == nullptr ? nullptr : c.ids + b * c.ids_batch + list * c.ids_list;
         const int count = (int)std::max<int64_t>(0, std::min((chunk + 1) * CHUNK, end(b, list)) - lo);
-        bool known = true, ordered = true;
-        for (int j = 0; j < count && ids != nullptr; ++j) {
-            known &= (uint64_t)ids[j] < (uint64_t)c.keys;
-            ordered &= j == 0 || ids[j - 1] <= ids[j];
-        }
+        const Item item{c, b, list, first, lo, (int)std::min<int64_t>(ROWS, rows - first), count, ids};
+        bool known = true;
+        for (int j = 0; j < count && ids != nullptr; ++j) known &= (uint64_t)ids[lo + j] < (uint64_t)c.keys;
         if (!known) return false;
         Scratch w;
-        if (!ordered) sort(ids, count, c.keys, w);
-        const Item item{c,     b,   list, first, lo, (int)std::min<int64_t>(ROWS, rows - first),
-                        count, ordered ? ids : w.tokens, ordered ? nullptr : w.slots};
         if (count > 0) compute(item, w);
         for (int r = 0; r < item.rows && c.what != SUM; ++r) {
             float* s = w.s + r * STRIDE;
             if (c.what == SCORES) {
-                put(item, s, c.out + item.place(r) * c.slots + lo);
+                std::copy_n(s, count, c.out + item.place(r) * c.slots + lo);
                 continue;
             }
             const auto [m, l] = soften(item, r, s);
             float* to = result(b, list, first + r, chunk) + c.v.size;
             to[0] = m;
             to[1] = l;
-            if (c.p != nullptr) put(item, s, c.p + item.place(r) * c.slots + lo);
+            if (c.p != nullptr) std::copy_n(s, count, c.p + item.place(r) * c.slots + lo);
         }
         if (c.what != SCORES && count > 0) weigh(item, result(b, list, first, chunk), chunks * size, w);
         return true;
-    }
-
-    // What an item has for each of its tokens, to where its slots are.
-    void put(const Item& item, const float* s, float* to) const {
-        for (int j = 0; j < item.count; ++j) to[item.slot(j)] = s[j];
     }
 
     // The scores, or the weights given, and where the values are.
@@ -711,8 +681,7 @@ struct Plan {
             score(item, w);
         }
         for (int r = 0; r < item.rows && c.what == SUM; ++r) {
-            const char* weights = item.row(r) + 4 * item.lo;
-            for (int j = 0; j < item.count; ++j) std::memcpy(w.s + r * STRIDE + j, weights + 4 * item.slot(j), 4);
+            std::memcpy(w.s + r * STRIDE, item.row(r) + 4 * item.lo, 4 * item.count);
             std::fill_n(w.s + r * STRIDE + item.count, W, 0.0f);
         }
         if (c.what != SCORES) fetch(c.v, w.values, item.count);

@@ -179,9 +179,10 @@ def prefill_sparse_kernel(
     tl.store(LSE + at, lse, mask=i < n)
 
 
-def serves(q: Tensor) -> bool:
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel does: fp32 products, which are not rounded to tf32, have no room for tiles of a prompt."""
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+    return half and max(q.shape[3], v.shape[3]) <= 256
 
 
 def tile_of(block: int, d: int) -> tuple[int, int, int]:
@@ -204,7 +205,7 @@ def walk_lists(
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch `prefill_sparse_kernel`, or gather where it does not serve; arguments as of `prefill_sparse`."""
-    if not serves(q):
+    if not serves(q, k, v):
         out, lse = gathered_prefill(q, k, v, scale, block, softcap, blocks, count, columns, window, sink, start)
         return out.float(), lse.float()
     batch, q_heads, n, d = q.shape
