@@ -17,6 +17,7 @@ from kvlib.kernels import fused, host
 from kvlib.kernels.decode import ROWS, decode, serves
 from kvlib.kernels.prefill_sparse import prefill_sparse
 from kvlib.kernels.prefill_sparse import serves as walks
+from kvlib.kernels.ran import note
 from kvlib.kernels.take import take
 
 # Elements of one block of scores: small enough to stay in a core's cache, large enough to keep the product efficient.
@@ -84,6 +85,7 @@ def attention(
         return found
     batch, q_heads, n, _ = q.shape
     heads, dv = k.shape[1], v.shape[-1]
+    note("decode" if n * (q_heads // heads) <= ROWS else "prompts", "torch")
     values = v.flatten(0, 1)
     outs, lses = [], []
     p = k.new_empty(0)
@@ -133,14 +135,13 @@ def _by_kernel(
     return None
 
 
-def _prompt(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible, softcap: float | None
-) -> Partial | None:
-    """Many query rows on a GPU: all keys by somebody else's kernel; a window, padding and what that does not take by ours."""
+def _prompt(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible, softcap: float | None) -> Partial | None:
+    """Many query rows on a GPU: all keys by somebody else's kernel; a window, padding and what that refuses by ours."""
     if not q.is_cuda or visible.length is not None:
         return None
     window = k.shape[2] if visible.window is None else min(visible.window, k.shape[2])
     if window == k.shape[2] and visible.start is None and fused.serves(q, k, v, softcap):
+        note("prompts", fused.describe())
         out, lse = fused.fused(q, k, v, scale, softcap, visible.causal)
         return Partial(out.float(), lse)
     if not (visible.causal and isinstance(visible.sink, int) and walks(q, k, v)):
@@ -212,7 +213,7 @@ def blocked_scores(
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Scaled matrix products in fp32 (on CPU in half precision: rounded to it once)."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
         return torch.bmm(a, b, out_dtype=torch.float32).mul_(scale)
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale).float()
 

@@ -116,7 +116,7 @@ def products(q: Tensor, x: Tensor) -> Tensor:
     heads, units = x.shape[1:3]
     q = q.reshape(batch * heads, q_heads // heads, d).to(x.dtype)
     x = x.flatten(0, 1)
-    if q.is_cuda and q.dtype != torch.float32:
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         s = torch.bmm(q, x.transpose(1, 2), out_dtype=torch.float32)
     elif units >= _LONG and q.dtype == torch.float32 and not q.is_cuda:
         s = (

@@ -12,6 +12,7 @@ from kvlib.kernels import host
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.decode_q4 import decode_q4
 from kvlib.kernels.host import Codes
+from kvlib.kernels.ran import note
 
 __all__ = ["Codes", "attend_codes", "code_scores", "code_sums"]
 
@@ -30,6 +31,7 @@ def attend_codes(
     if q.is_cuda:
         if not isinstance(k, Codes) or not isinstance(v, Codes) or not _launched(q, k, v):
             return None
+        note("codes", "Triton")
         count = None if length is None else length.int()
         found = decode_q4(q, k.codes, k.range, v.codes, v.range, scale, k.span, softcap or 0.0, length=count, ids=ids)
         return Partial(*found)
@@ -39,9 +41,10 @@ def attend_codes(
 
 
 def _launched(q: Tensor, k: Codes, v: Codes) -> bool:
-    """Whether `decode_q4` takes these: heads of a power of two, ranges of keys per token or channel."""
+    """Whether `decode_q4` takes these: heads of a power of two, ranges of keys per token or channel, those of values for
+    16 channels or more, as the kernel keeps them in registers."""
     d, groups = q.shape[3], v.range.shape[-1]
-    whole = d == v.size and d in (32, 64, 128, 256) and groups & (groups - 1) == 0
+    whole = d == v.size and d in (32, 64, 128, 256) and groups & (groups - 1) == 0 and d >= 16 * groups
     return whole and (k.span > 1 or k.range.shape[-1] == 1)
 
 
@@ -49,7 +52,7 @@ def code_scores(q: Tensor, planes: Sequence[Codes]) -> Tensor | None:
     """Products [B, Hq, n, T] fp32 of q [B, Hq, n, d] with keys that are the sum of `planes`; None where no kernel reads
     them."""
     q = q.float()
-    if not all(host.serves(q, k, k._replace(span=1)) for k in planes):
+    if not all(host.serves(q, k, None) for k in planes):
         return None
     return reduce(torch.Tensor.add_, (host.scores(q, k) for k in planes))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvlib.kernels.attention import EVERYTHING, Visible, blocked_scores
 from kvlib.kernels.launch import Example, dot, jit, power, softcapped, tl
 from kvlib.kernels.ops import register
+from kvlib.kernels.ran import note
 
 
 @jit(do_not_specialize=["n", "keys", "window", "sink"])
@@ -117,6 +118,7 @@ def launch_mass(
     batch, q_heads, n, d = q.shape
     heads, keys = k.shape[1:3]
     group = q_heads // heads
+    note("votes", "Triton")
     block_t, block_m = tile_of(q.dtype, d, keys, group * n)
     mass = q.new_empty((batch, heads, keys), dtype=torch.float32)
     column_mass_kernel[(-(-keys // block_t) * batch * heads,)](
@@ -176,6 +178,7 @@ def walked_mass(
 
 
 def _walked(q: Tensor, k: Tensor, lse: Tensor, scale: float, visible: Visible, softcap: float | None) -> Tensor:
+    note("votes", "torch")
     batch, heads, keys = k.shape[:3]
     lse = lse.reshape(batch * heads, -1, q.shape[2], 1)
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # a row that saw no key gives no key any mass

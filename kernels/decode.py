@@ -15,6 +15,7 @@ from torch import Tensor
 from kvlib.kernels import host
 from kvlib.kernels.launch import Example, cast, dot, find_row, first_item, jit, power, softcapped, softmax_step, tl
 from kvlib.kernels.ops import register
+from kvlib.kernels.ran import note
 from kvlib.kernels.take import take
 
 ROWS = 64  # query rows (group x n) that one program attends; with more, products of blocks are as fast
@@ -26,7 +27,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return alike and max(k.shape[3], v.shape[3]) <= 256 and q.stride(3) == k.stride(3) == v.stride(3) == 1
 
 
-@jit(do_not_specialize=["rows", "n"])
+@jit(do_not_specialize=["rows", "n", "most"])
 def decode_split(
     Q,
     K,
@@ -151,7 +152,7 @@ def decode_split(
     tl.store(LSE + at, lse, mask=mine)
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows", "most"])
 def merge_splits(
     PART,
     PART_LSE,
@@ -260,6 +261,7 @@ def split_decode(
     lists = _lists(q, k, ids, indptr, length)
     group, rows = q_heads // lists, batch * lists
     most = _most(k, ids, indptr, page) if most is None else most
+    note("decode", "Triton")
     if ids is not None and indptr is None:
         ids, weight = (None if x is None else x.expand(batch, lists, -1) for x in (ids, weight))
     chunk = chunk_of(most)
@@ -412,6 +414,7 @@ def _on_cpu(
     if plain and host.serves(q, k, v):
         held = None if length is None else length.long()
         return host.decode(q, k, v, scale, ids=ids, length=held, softcap=softcap or None, bias=weight)[:2]
+    note("decode", "torch")
     return gathered_decode(q, k, v, scale, softcap, causal, most, page, length, start, ids, indptr, weight, bias)
 
 

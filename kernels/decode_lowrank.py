@@ -15,6 +15,7 @@ from torch import Tensor
 from kvlib.kernels.decode import chunk_of, merge_splits
 from kvlib.kernels.launch import INTERPRET, Example, cast, dot, find_row, jit, power, softcapped, tl
 from kvlib.kernels.ops import register
+from kvlib.kernels.ran import note
 
 _ROWS = 16  # query rows (group x n) that one program attends
 _TOKENS = 64  # of a tile: wgmma takes no fewer rows
@@ -254,7 +255,9 @@ def split_lowrank(
 ) -> tuple[Tensor, Tensor]:
     """Launch `decode_lowrank_split`, and `merge_splits` where a list has several chunks; where the kernel does not serve,
     gather instead.  Arguments as of `decode_lowrank`."""
-    if not serves(q, 2 * len(inv_freq), interleaved):
+    served = serves(q, 2 * len(inv_freq), interleaved)
+    note("codes", "Triton" if served else "torch")
+    if not served:
         out, lse = gathered_lowrank(
             q,
             u,

@@ -35,7 +35,7 @@ BITS = (2, 4, 8)
 ALL = 1 << 30  # span of a row of ranges for all tokens; their address must not look constant, or it leaves the loop
 
 
-@jit(do_not_specialize=["rows", "n"])
+@jit(do_not_specialize=["rows", "n", "most"])
 def decode_codes(
     Q,
     K,

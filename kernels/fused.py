@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,34 +15,38 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 
 
 @lru_cache
-def _flash_attn() -> Any:
-    """The package's forward, None where it is not installed."""
-    if find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func
+def _flash_attn() -> tuple[Any, str]:
+    """The package's forward, None where there is none, and what serves prompts then, for reports."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        broken = f" (flash-attn cannot be loaded: {error})" if find_spec("flash_attn") is not None else ""
+        return None, f"torch's fused attention{broken}"
+    return flash_attn_func, f"flash-attn {version('flash-attn')}"
 
 
 def describe() -> str:
     """Which kernel prompts go through on a GPU, for reports."""
-    if _flash_attn() is None:
-        return "torch's fused attention"
-    import flash_attn
+    return _flash_attn()[1]
 
-    return f"flash-attn {flash_attn.__version__}"
+
+@lru_cache
+def _modern(index: int) -> bool:
+    """Whether fused kernels run on a GPU: from Ampere on."""
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
     """Whether there is a fused kernel for these: half precision on a GPU, heads of one size of at most 256."""
     fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] == v.shape[3] <= 256
-    return fits and q.shape[3] % 8 == 0 and (softcap is None or _flash_attn() is not None)
+    known = softcap is None or _flash_attn()[0] is not None
+    return fits and q.shape[3] % 8 == 0 and known and _modern(q.device.index)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of q [B, Hq, n, d], standing at the last n of the keys k [B, H, T, d], v [B, H, T, d]: out in q's dtype and
     the natural-log lse [B, Hq, n] fp32."""
-    flash = _flash_attn()
+    flash, _ = _flash_attn()
     if flash is None:
         return in_two(q, k, v, scale, causal, _torch_flash)
     turned = (x.transpose(1, 2) for x in (q, k, v))

@@ -28,6 +28,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from kvlib.kernels.ran import note
+
 _SOURCE = Path(__file__).with_name("host.cpp")
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 _FLAGS = f"-std=c++17 -O3 {_NATIVE} -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC -w".split()
@@ -314,6 +316,7 @@ class _Call:
         library = _library()
         if library.run is None:
             raise RuntimeError(f"there is no compiled attention: {library.text}")
+        note("codes" if isinstance(self.k, Codes) or isinstance(self.v, Codes) else "decode", library.text)
         q, ids, item = self.q, self.ids, self.q.element_size()
         by_row, by_head, by_query, _ = q.stride()
         parts = -(-self.slots // _CHUNK) * (0 if self.v is None else _size(self.v) + 2)

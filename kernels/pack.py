@@ -14,6 +14,7 @@ from torch import Tensor
 from kvlib.kernels.launch import Example, jit, power, tl
 from kvlib.kernels.ops import register
 from kvlib.kernels.quantise import encode, folded, pack, ranges
+from kvlib.kernels.ran import note
 
 _TOKENS = 16  # of a program, where channels share a range
 _PROGRAMS = 256  # where tokens share one, spans are cut into so few channels, but not less than 8 bytes, to fill a GPU
@@ -152,6 +153,7 @@ def pack_channels(
 
 def launched(x: Tensor, bits: int, group: int = 0, per_channel: bool = False) -> tuple[Tensor, Tensor]:
     """Launch `pack_channels` or `pack_tokens`; arguments as of `pack_codes`.  3 bits, two sorts of planes, are torch's."""
+    note("encoding", "Triton")
     if bits == 3:
         return quantised(x, bits, group, per_channel)
     codes, found = _empty(x, bits, group, per_channel)
@@ -197,6 +199,7 @@ def launched(x: Tensor, bits: int, group: int = 0, per_channel: bool = False) ->
 
 def quantised(x: Tensor, bits: int, group: int = 0, per_channel: bool = False) -> tuple[Tensor, Tensor]:
     """The same in torch; arguments as of `pack_codes`."""
+    note("encoding", "torch")
     x = x.float()
     if per_channel:
         grouped, dim = folded(x, 2, group or x.shape[2]), 3

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvlib.kernels.launch import Example, cast, dot, jit, power, softcapped, softmax_step, tl
 from kvlib.kernels.ops import register
+from kvlib.kernels.ran import note
 
 
 @jit
@@ -205,6 +206,7 @@ def walk_lists(
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch `prefill_sparse_kernel`, or gather where it does not serve; arguments as of `prefill_sparse`."""
+    note("prompts", "Triton" if serves(q, k, v) else "torch")
     if not serves(q, k, v):
         out, lse = gathered_prefill(q, k, v, scale, block, softcap, blocks, count, columns, window, sink, start)
         return out.float(), lse.float()

@@ -270,7 +270,7 @@ def ranked(
     rank_units[(batch * lists, pieces)](
         logits,
         parts,
-        rest if vote else None,
+        rest.contiguous() if vote and rest is not None else None,
         count,
         size,
         always if vote else None,

@@ -16,6 +16,7 @@ from kvlib.kernels import rank as ranking
 from kvlib.kernels.bounds import products
 from kvlib.kernels.launch import Example
 from kvlib.kernels.ops import register
+from kvlib.kernels.ran import note
 from kvlib.kernels.take import take
 
 
@@ -39,7 +40,7 @@ def sorted_top(score: Tensor, k: int) -> Tensor:
 
 def launched_top(score: Tensor, k: int) -> Tensor:
     """The same by the kernels of `rank`, each row a query head by itself."""
-    rows = score.reshape(1, -1, score.shape[-1]).contiguous()
+    rows = score.reshape(-1, 1, score.shape[-1]).contiguous()  # their number must not be a constant of the kernel
     if not k or not rows.numel() or not ranking.fits(rows.shape[-1], k):
         return sorted_top(score, k)
     return ranking.ranked(rows, k, 0).view(*score.shape[:-1], k)
@@ -84,6 +85,7 @@ def voted_rank(
     always: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result as of `rank`, one torch operation after the other."""
+    note("selection", "torch")
     s = _scaled(logits, scale, softcap)
     s = _hide_absent(s, count, size)
     if not heads:
@@ -124,6 +126,7 @@ def launched_rank(
 ) -> Tensor:
     """The same by the kernels of `kvlib.kernels.rank`; where they cannot sort so many, they only vote."""
     few = ranking.fits(logits.shape[-1], k)
+    note("selection", "Triton" if few else "Triton and a sort by torch")
     found = ranking.ranked(logits, k, heads, scale, softcap, loudest, rest, count, size, always, select=few)
     return found if few else sorted_top(found, k)
 

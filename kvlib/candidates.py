@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvlib.coded import Coding
+from kvlib.offload.transfer import sent
 from kvlib.segment import Layout, Tail, Tiles
 
 
@@ -78,8 +79,8 @@ class Candidates:
         statistics = {x: both(partial(_field, x)) for x in names}
         positions = torch.zeros(layout.tiles * layout.width, dtype=torch.int32, device=keep.device)
         positions[target] = self.positions[keep].int()
-        segment = None if layout.segment is None else torch.from_numpy(layout.segment).to(keep.device)
-        fill = None if layout.fill is None else torch.from_numpy(layout.fill).to(keep.device)
+        segment = None if layout.segment is None else sent(layout.segment, keep.device)
+        fill = None if layout.fill is None else sent(layout.fill, keep.device)
         placed = positions.view(layout.tiles, layout.width)
         return Tiles(k, v, counts, placed, statistics, segment, fill, coding=coding)
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kvlib.kernels.ran import note
 from kvlib.policies.encoding import Form, Stored, Tokens
 
 
@@ -28,6 +29,7 @@ class Coding:
 
     def vectors(self, which: str, coded: Tensor) -> Tensor:
         """Keys or values [G, P, d] of bytes [G, P, bytes], in the type they had."""
+        note("codes", "torch")
         form, stored = self.forms["kv".index(which)], self._stored(which, coded)
         return form.epilogue(form.decode(stored).float(), stored).squeeze(1).to(self.dtype)
 
@@ -44,6 +46,7 @@ class Coding:
 
     def opened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A query [G, g, n, d] and bytes of keys and values [G, P, bytes] as attention meets them, fp32 vectors each."""
+        note("codes", "torch")
         keys, values = self._stored("k", k), self._stored("v", v)
         form, other = self.forms
         return form.prologue(q.float(), keys), form.decode(keys).float(), other.decode(values).float()

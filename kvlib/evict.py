@@ -13,6 +13,7 @@ from kvlib.candidates import Candidates
 from kvlib.coded import Coding
 from kvlib.indexed import Indexed
 from kvlib.kernels.merge import merge
+from kvlib.offload.transfer import sent
 from kvlib.policies.base import Split, View
 from kvlib.segment import Tiles
 
@@ -53,12 +54,12 @@ def _compress(group: HeadGroup, oldest: np.ndarray, split: Split) -> None:
     device, heads = group.tail.k.device, group.tail.k.shape[1]
     m = int(oldest.max())
     steps = torch.arange(m, device=device)
-    sealed = torch.from_numpy(group.tokens - group.tail.lengths).to(device)[:, None]
-    count = torch.from_numpy(oldest).to(device)[:, None]
-    begin = torch.from_numpy(group.tail.starts).to(device)[:, None]
+    sealed = sent(group.tokens - group.tail.lengths, device)[:, None]
+    count = sent(oldest, device)[:, None]
+    begin = sent(group.tail.starts, device)[:, None]
     position = (sealed + steps).int()
     slot = torch.where(steps < count, begin + steps, -1)[:, None].expand(-1, heads, -1)
-    is_sink = (position < torch.from_numpy(split.sink).to(device)[:, None]) & (slot[:, 0] >= 0)
+    is_sink = (position < sent(split.sink, device)[:, None]) & (slot[:, 0] >= 0)
 
     assert not isinstance(group.body, Indexed)
     held = group.body.home.bring(group.body) if group.body is not None and group.body.home is not None else group.body
@@ -71,10 +72,10 @@ def _compress(group: HeadGroup, oldest: np.ndarray, split: Split) -> None:
         candidates.field("mass") if group.needs.mass else None,
         _votes(group, candidates, split) if group.needs.votes else None,
         _fetch(group, candidates),
-        torch.from_numpy(np.arange(heads) if group.heads is None else group.heads).to(device),
+        sent(np.arange(heads) if group.heads is None else group.heads, device),
         group.tokenizer,
     )
-    keep = group.evictor.keep(view, rankable, torch.from_numpy(split.body).to(device)) & rankable
+    keep = group.evictor.keep(view, rankable, sent(split.body, device)) & rankable
     first_ones = is_sink[:, None].expand_as(slot)
     if group.grain > 1:  # what does not fill a group of the codec stays dense, beside the sinks
         spare = keep & (keep.cumsum(-1) <= keep.sum(-1, keepdim=True) % group.grain)
@@ -110,7 +111,7 @@ def _votes(group: HeadGroup, candidates: Candidates, split: Split) -> Tensor:
     lse = merge([group.tail.attend(group.queries, spec)], spec.sinks).lse
     assert lse is not None
     n = lse.shape[2]
-    silent = torch.from_numpy(n - np.minimum(split.recent, n)).to(lse.device)[:, None]
+    silent = sent(n - np.minimum(split.recent, n), lse.device)[:, None]
     lse = lse.masked_fill((torch.arange(n, device=lse.device) < silent)[:, None], float("inf"))
     mass = group.tail.column_mass(group.queries, lse, spec) / shared
     return candidates.take_tail(torch.nn.functional.pad(mass, (group.tail.begin, 0))).masked_fill(~candidates.valid, 0)

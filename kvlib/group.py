@@ -17,6 +17,7 @@ from kvlib.home import Home
 from kvlib.indexed import Indexed
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
+from kvlib.offload.transfer import sent
 from kvlib.policies.base import Evictor, Needs, Sizes, Split
 from kvlib.policies.encoding import Codec
 from kvlib.policies.select.channels import channel_weight
@@ -180,8 +181,10 @@ class HeadGroup:
             self.past = Past()  # a prompt's queries do not continue what was generated before it
         else:
             self.past = Past().where(new > 0, self.past)
-        # On a GPU a second pass over the keys is cheaper than attention without a kernel of one pass.
-        observed = self.needs.mass and self.online and q.shape[2] == 1 and not q.is_cuda
+        # On a GPU a second pass over the keys is cheaper than attention without a kernel of one pass, but not their second
+        # way there from the host.
+        near = q.is_cuda and self.home is None
+        observed = self.needs.mass and self.online and q.shape[2] == 1 and not near
         kept = self.sink is not None or self.body is not None
         parts = [] if self.sink is None else [self.sink.attend(q, spec)]
         body = None
@@ -213,7 +216,7 @@ class HeadGroup:
         gone = self.sink.counts[:, 0]
         if gone.all():
             return window, 0
-        return window, torch.from_numpy(np.where(gone > 0, 0, sink)).to(self.sink.k.device)
+        return window, sent(np.where(gone > 0, 0, sink), self.sink.k.device)
 
     def observe(
         self,
@@ -241,9 +244,7 @@ class HeadGroup:
         if self.needs.products:
             assert self.tail is not None
             k = self.tail.k[:, :, self.tail.end - later - n : self.tail.end - later]
-            real = (
-                None if new is None else torch.arange(n, device=q.device) >= torch.from_numpy(n - new).to(q.device)[:, None]
-            )
+            real = None if new is None else torch.arange(n, device=q.device) >= sent(n - new, q.device)[:, None]
             found = channel_weight(q, k, real)
             self.products = found if self.products is None else self.products + found
         if not self.needs.votes:
@@ -259,7 +260,7 @@ class HeadGroup:
         n = q.shape[2]
         if new is not None and (new < n).any():
             row = torch.arange(n, device=q.device)
-            padding = row < torch.from_numpy(n - new).to(q.device)[:, None]
+            padding = row < sent(n - new, q.device)[:, None]
             lse = lse.masked_fill(padding[:, None], float("inf"))
         tail = self.tail.column_mass(q, lse, self.spec, *self.band(prompt))
         return tail, self.body.column_mass(q, lse, self.spec) if isinstance(self.body, Tiles) else None

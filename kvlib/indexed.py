@@ -15,7 +15,7 @@ from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attend_listed,
 from kvlib.kernels.merge import merge
 from kvlib.kernels.selection import Listing, taken
 from kvlib.offload.resident import Resident, Traffic
-from kvlib.offload.transfer import stream
+from kvlib.offload.transfer import sent, stream
 from kvlib.policies.encoding import (
     DENSE,
     Form,
@@ -83,7 +83,7 @@ class Indexed(Ranked):
             self.places.append(rows, {"position": position.int()})
         index = dict(units.summary)
         if units.size is not None:
-            start = torch.from_numpy(first).to(k.device).view(-1, 1, 1) + units.size.cumsum(-1) - units.size
+            start = sent(first, k.device).view(-1, 1, 1) + units.size.cumsum(-1) - units.size
             index |= {"size": units.size.int(), "start": start.int()}
             self.longest = max(self.longest, int(units.size.max()))
         if index:
@@ -99,7 +99,7 @@ class Indexed(Ranked):
         store = store or self.store
         there = self.away and q.shape[2] <= FEW
         if q.shape[2] <= FEW and (there or not store.host):
-            length = None if (self.counts == self.counts[0]).all() else torch.from_numpy(self.counts)
+            length = None if (self.counts == self.counts[0]).all() else sent(self.counts, store.device)
             found = self._in_place(store, q, spec, None, length)
             if found is not None:
                 return found
@@ -141,7 +141,7 @@ class Indexed(Ranked):
         """Every token of slots lo..hi that a row has."""
         if (self.counts >= hi).all():
             return EVERYTHING
-        return Visible(length=torch.from_numpy(self.counts - lo).to(device))
+        return Visible(length=sent(self.counts - lo, device))
 
     def read(
         self, query: Query, room: np.ndarray, tokens: np.ndarray, past: Past, store: Store | None = None
@@ -161,7 +161,7 @@ class Indexed(Ranked):
         kept, past = past, self._choose(query, index, max(most, 1), tokens, past).expired(whole)
         assert past.order is not None
         same = bool((room == room[0]).all())
-        space: Tensor | int = int(room[0]) if same else torch.from_numpy(room).to(self.device).view(-1, 1, 1)
+        space: Tensor | int = int(room[0]) if same else sent(room, self.device).view(-1, 1, 1)
         parts = []
         if most:
             listing = self._list(past.order, space, most)
@@ -216,7 +216,9 @@ class Indexed(Ranked):
         where = fetch.slots.repeat_interleave(run, -1) * run + offset
         early = fetch.hit.repeat_interleave(run, -1) & (place < listing.before)
         early, listing = early[..., :most], Listing(ids, listing.before, listing.length)
-        parts = [self._over(store, query, ids[..., :most], Visible(mask=early.unsqueeze(2)), where[..., :most])]
+        first = early.int().argsort(dim=-1, descending=True, stable=True)
+        hits = ids[..., :most].gather(-1, first), Visible(length=early.sum(-1)), where[..., :most].gather(-1, first)
+        parts = [self._over(store, query, *hits)]
         fetch.wait()
         resident.settle()
         where = fetch.slots.repeat_interleave(run, -1) * run + offset
@@ -301,7 +303,7 @@ class Indexed(Ranked):
         """Attention over the units' means, each for as many tokens as are not read of it."""
         size = self.units.live("size")
         left = size - taken(order, size, room)
-        units = torch.from_numpy(self.units.counts).to(self.device).view(-1, 1, 1)
+        units = sent(self.units.counts, self.device).view(-1, 1, 1)
         absent = torch.arange(left.shape[-1], device=self.device) >= units
         bias = left.masked_fill(absent, 0).float().log()
         spec = query.spec

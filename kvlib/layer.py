@@ -11,7 +11,9 @@ from torch import Tensor
 
 from kvlib import census
 from kvlib.group import HeadGroup, TokenIds
+from kvlib.kernels.ran import Notes, Noting
 from kvlib.offload.resident import Traffic
+from kvlib.offload.transfer import sent
 from kvlib.segment import Spec
 
 
@@ -42,7 +44,7 @@ class NewTokens:
         trailing = np.where(past.any(1), past[:, ::-1].argmax(1), past.shape[1]) if past.shape[1] else older
         if (host == (np.arange(n) >= n - count[:, None])).all():
             return cls(count, older=older, trailing=trailing)
-        order = torch.from_numpy(host.argsort(1, kind="stable")).to(mask.device)
+        order = sent(host.argsort(1, kind="stable"), mask.device)
         return cls(count, order, order.argsort(1), older, trailing)
 
 
@@ -59,12 +61,14 @@ class Layer:
         self.inverse: Tensor | None = None
         self.shape: tuple[int, int, int, int] | None = None  # batch, KV heads, d, dv
         self._permuted = False  # whether a chunk's columns were put in another order than the model's mask has them
+        self.ran: Notes = set()  # what was computed by what
 
     def clear(self) -> None:
         """Forget every token, and the batch they came from."""
         for group in self.groups:
             group.clear()
         self.shape, self._permuted = None, False
+        self.ran.clear()
 
     @torch.no_grad()
     def forward(
@@ -94,10 +98,11 @@ class Layer:
         if count is not None and empty:  # columns that are padding in every row: there may be fewer keys than queries
             q, k, v = q[:, :, empty:], k[:, :, empty:], v[:, :, empty:]
             count = None if int(count.min()) == k.shape[2] else count
-        if len(self.groups) == 1:
-            out = self.groups[0].forward(q, k, v, count, spec, recording, drafts)
-        else:
-            out = self._forward_groups(q, k, v, count, spec, recording, drafts)
+        with Noting(self.ran):
+            if len(self.groups) == 1:
+                out = self.groups[0].forward(q, k, v, count, spec, recording, drafts)
+            else:
+                out = self._forward_groups(q, k, v, count, spec, recording, drafts)
         if empty:
             out = torch.nn.functional.pad(out, (0, 0, empty, 0))
         if new is not None and new.inverse is not None:
@@ -158,14 +163,15 @@ class Layer:
             for heads in self.heads:
                 assert heads is not None
                 queries = (heads[:, None] * per_kv + np.arange(per_kv)).ravel()
-                self._index.append((torch.from_numpy(heads).to(device), torch.from_numpy(queries).to(device)))
+                self._index.append((sent(heads, device), sent(queries, device)))
             self.inverse = torch.cat([queries for _, queries in self._index]).argsort()
         return self._index
 
     def finish_prefill(self) -> None:
         """The prompt is complete: one-shot methods evict, fractional budgets are frozen."""
-        for group in self.groups:
-            group.finish_prefill()
+        with Noting(self.ran):
+            for group in self.groups:
+                group.finish_prefill()
 
     def check_crop(self, n: int) -> None:
         """Raise ValueError where `crop(n)` would."""
@@ -199,7 +205,7 @@ class Layer:
         """An independent layer in the same state, reading ids from `token_ids`."""
         twin = Layer([group.copy(token_ids) for group in self.groups], self.heads)
         twin.shape, twin._index, twin.inverse = self.shape, self._index, self.inverse
-        twin._permuted = self._permuted
+        twin._permuted, twin.ran = self._permuted, set(self.ran)
         return twin
 
     def adopt(self, other: Layer, per_kv: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvlib.kernels.bounds import products
 from kvlib.kernels.selection import Listing, cut, list_runs, list_units, rank, top, vote
 from kvlib.kernels.take import take
+from kvlib.offload.transfer import sent
 from kvlib.policies.encoding import Stored
 from kvlib.policies.selection import Index, Past, Selector
 from kvlib.rows import Rows
@@ -64,7 +65,7 @@ class Ranked:
     def _position(self, slots: Tensor) -> Tensor:
         """Positions of the tokens in slots [1 or B, 1 or H, m], broadcastable to [B, H, m]."""
         if self.implicit:
-            return slots + torch.from_numpy(self.base).to(slots.device).view(-1, 1, 1)
+            return slots + sent(self.base, slots.device).view(-1, 1, 1)
         batch = len(self.counts)
         return take(self.places.parts["position"], slots.expand(batch, -1, -1), self.heads)
 
@@ -78,9 +79,9 @@ class Ranked:
         unchanged = past.sealed == self.counts
         if isinstance(kept, np.ndarray):
             host = kept & unchanged
-            keep = torch.from_numpy(host).to(self.device)
+            keep = sent(host, self.device)
         else:
-            keep = kept & torch.from_numpy(unchanged).to(self.device)
+            keep = kept & sent(unchanged, self.device)
             host = keep.cpu().numpy()  # one wait per layer, to spare a scan of all keys
         if host.all():
             return past
@@ -133,7 +134,7 @@ class Ranked:
         scale, softcap = (spec.scale, spec.softcap or 0.0) if scaled else (1.0, 0.0)
         rest = query.rest[:, :, 0] if query.rest is not None and scaled else None
         if count is None and (self.unit_counts() < s.shape[-1]).any():
-            count = torch.from_numpy(self.unit_counts()).to(s.device)
+            count = sent(self.unit_counts(), s.device)
         heads = {"query_head": 0, "layer": 1}.get(self.selector.scope, self.heads)
         always = self.selector.always(index)
         return rank(s, k, heads, scale, softcap, self.selector.loudest, rest, count, index.size, always)

@@ -16,6 +16,7 @@ from kvlib.candidates import Candidates
 from kvlib.indexed import Indexed
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.merge import merge
+from kvlib.offload.transfer import sent
 from kvlib.policies.base import Split
 from kvlib.policies.encoding import DENSE
 from kvlib.policies.selection import SEGMENT, Block, Everything
@@ -95,7 +96,7 @@ def _row(part: Partial, j: int) -> Partial:
 def _id(group: HeadGroup, later: int) -> Tensor:
     """Ids [B] of the tokens that `later` others have followed."""
     assert group.token_ids is not None and group.tail is not None
-    position = torch.from_numpy(group.tokens - 1 - later).to(group.tail.k.device).clamp_(min=0)
+    position = sent(group.tokens - 1 - later, group.tail.k.device).clamp_(min=0)
     return group.token_ids(position.view(-1, 1, 1)).view(-1)
 
 
@@ -163,8 +164,8 @@ def _take_sinks(group: HeadGroup, sinks: np.ndarray) -> None:
         return
     device, heads = group.tail.k.device, group.tail.k.shape[1]
     step = torch.arange(int(sinks.max()), device=device)
-    begin = torch.from_numpy(group.tail.starts).to(device)[:, None]
-    slot = torch.where(step < torch.from_numpy(sinks).to(device)[:, None], begin + step, -1)[:, None].expand(-1, heads, -1)
+    begin = sent(group.tail.starts, device)[:, None]
+    slot = torch.where(step < sent(sinks, device)[:, None], begin + step, -1)[:, None].expand(-1, heads, -1)
     candidates = Candidates(group.sink, group.tail, slot, step.int().expand_as(slot))
     group.sink = candidates.gather(candidates.valid, fields=False)
 
@@ -234,7 +235,7 @@ def _block(
     else:
         k, v = (torch.stack([x[r, :, at : at + m] for r, at in zip(rows, first, strict=True)]) for x in (tail.k, tail.v))
     at = group.tokens[rows] - tail.lengths[rows] + first - tail.starts[rows]
-    begin = torch.from_numpy(at).to(tail.k.device).view(-1, 1, 1)
+    begin = sent(at, tail.k.device).view(-1, 1, 1)
     positions = (begin + torch.arange(m, device=tail.k.device)).expand(-1, k.shape[1], -1)
     return _describe(group, body, rows, (k, v, positions), at, limit, fresh)
 
@@ -251,7 +252,7 @@ def _describe(
     """A block of keys, values and positions [R, H, m, ...] of the rows given, in spans from positions first [R] on."""
     k, v, positions = part
     whole = len(rows) == len(group.tokens)
-    index = None if whole else torch.from_numpy(rows).to(k.device)
+    index = None if whole else sent(rows, k.device)
     fixed = {name: x if index is None else x[index] for name, x in body.fixed.items()}
     heads = np.arange(k.shape[1]) if group.heads is None else group.heads
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvlib.kernels import fused, host
-
 if TYPE_CHECKING:
     from kvlib.hf import Cache
+
+
+_OPERATIONS = {"decode": "attention of steps", "prompts": "attention of prompts", "codes": "reading of codes"}
 
 
 def report(cache: Cache) -> str:
@@ -34,18 +34,16 @@ def report(cache: Cache) -> str:
 
 
 def _ran(cache: Cache) -> list[str]:
-    """Which kernels serve the devices the layers live on."""
+    """What computed what, as was noted where it was decided."""
     devices = {layer.store.device for layer in cache.managed if layer.store.shape is not None}
-    lines = []
-    if any(device.type == "cuda" for device in devices):
-        names = ", ".join(sorted({torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"}))
-        lines.append(f"ran         on {names}: Triton {version('triton')}; prompts by {fused.describe()}")
-    attends = cache.recipe.tier is not None and cache.recipe.tier.attend
-    if attends or any(device.type == "cpu" for device in devices):
-        lines.append(
-            f"ran         on the CPU: decode attention by {host.describe()}; prompts, selection and encoding by torch"
-        )
-    return lines
+    names = {"the CPU" if x.type == "cpu" else torch.cuda.get_device_name(x) for x in devices}
+    by: dict[str, set[str]] = {}
+    for what, what_by in set().union(*(layer.store.ran for layer in cache.managed)):
+        by.setdefault(what, set()).add(what_by)
+    if not by:
+        return []
+    parts = [f"{_OPERATIONS.get(what, what)} by {' and '.join(sorted(by[what]))}" for what in sorted(by)]
+    return [f"ran         on {', '.join(sorted(names))}: {'; '.join(parts)}"]
 
 
 def _tokens(cache: Cache) -> list[str]:

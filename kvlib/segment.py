@@ -19,6 +19,7 @@ from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
 from kvlib.kernels.column_mass import column_mass
 from kvlib.kernels.decode import ROWS, decode, serves
 from kvlib.kernels.merge import merge_segments
+from kvlib.offload.transfer import sent
 
 if TYPE_CHECKING:
     from kvlib.coded import Coding
@@ -59,8 +60,8 @@ def empty(
 def close_gaps(x: Tensor, gap: np.ndarray, new: np.ndarray) -> Tensor:
     """Shift each row of x [B, H, T, ...] so that the `gap` [B] dead slots before its newest `new` [B] slots vanish."""
     slot = torch.arange(x.shape[2], device=x.device)
-    shift = torch.from_numpy(gap).to(x.device)[:, None]
-    edge = torch.from_numpy(x.shape[2] - new).to(x.device)[:, None]
+    shift = sent(gap, x.device)[:, None]
+    edge = sent(x.shape[2] - new, x.device)[:, None]
     source = (slot - torch.where(slot < edge, shift, 0)).clamp_(min=0)[:, None]
     return x.gather(2, (source if x.dim() == 3 else source.unsqueeze(-1)).expand_as(x))
 
@@ -140,7 +141,7 @@ class Tail:
     def _move(self, starts: np.ndarray) -> None:
         self.starts, self.begin = starts, int(starts.min())
         even = (starts == starts[0]).all()
-        self._index = None if even else torch.from_numpy(starts).to(self.k.device)
+        self._index = None if even else sent(starts, self.k.device)
 
     def reserve(self, n: int) -> None:
         """Let n more tokens fit."""
@@ -286,8 +287,10 @@ class Tiles:
         if self.home is not None:
             return self.home.attend(self, q, spec, probabilities)
         few = q.shape[2] * (q.shape[1] // self.counts.shape[1]) <= ROWS
-        if q.is_cuda and few and not probabilities and self.coding is None and serves(q, self.k[:, None], self.v[:, None]):
-            return self.attend_ranges(q, spec)
+        if q.is_cuda and not probabilities and (few or self.segment is not None or self.fill is not None):
+            found = self.attend_ranges(q, spec)
+            if found is not None:
+                return found
         k, v, q_in = self.k[:, None], self.v[:, None], self._tiled(q)
         if self.coding is not None:
             q_in, k, v = self.coding.opened(q_in, self.k, self.v)
@@ -304,9 +307,11 @@ class Tiles:
             lse = total
         return Partial(out.view(*q.shape[:3], out.shape[-1]), lse.view(q.shape[:3]), p)
 
-    def attend_ranges(self, q: Tensor, spec: Spec) -> Partial:
-        """`attend` for few query rows, each head's tokens as one range of slots."""
-        k, v, _ = self.ranges()
+    def attend_ranges(self, q: Tensor, spec: Spec) -> Partial | None:
+        """`attend` by one kernel, each head's tokens as one range of slots; None where there is none for such vectors."""
+        k, v = (self._pool(self.vectors(side)) for side in "kv")
+        if not serves(q, k, v):
+            return None
         start, length = self._ranges_on_device
         most = int(self.counts.max(initial=0))
         return Partial(*decode(q, k, v, spec.scale, spec.softcap or 0.0, most=most, length=length, start=start))
@@ -314,7 +319,7 @@ class Tiles:
     @cached_property
     def _ranges_on_device(self) -> tuple[Tensor, Tensor]:
         device = self.k.device
-        return torch.from_numpy(self.ranges()[2]).to(device), torch.from_numpy(self.counts).int().to(device)
+        return sent(self.ranges()[2], device), sent(self.counts.astype(np.int32), device)
 
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec) -> Tensor:
         """Probability collected by each slot, [G, P]."""
@@ -336,15 +341,18 @@ class Tiles:
             first = np.arange(self.counts.size) * self.k.shape[1]
         else:
             first = _tile_offsets(self.counts)[:-1] * TILE
-        k, v = (x.flatten(0, 1).expand(*self.counts.shape, -1, -1) for x in (self.k, self.v))
-        return k, v, first.reshape(self.counts.shape)
+        return self._pool(self.k), self._pool(self.v), first.reshape(self.counts.shape)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """What tiles hold, x [G, P, d], as [B, H, G * P, d] that all heads share."""
+        return x.flatten(0, 1).expand(*self.counts.shape, -1, -1)
 
     def slots(self) -> Tensor:
         """Flat slot of each kept token, [B, H, max count], -1 past a head's count."""
         place = np.arange(int(self.counts.max(initial=0)))
         first = self.ranges()[2]
         flat = np.where(place < self.counts[..., None], first[..., None] + place, -1)
-        return torch.from_numpy(flat).to(self.k.device)
+        return sent(flat, self.k.device)
 
     def reorder(self, rows: Tensor) -> Tiles:
         """Select batch rows, as `Tail.reorder`."""
@@ -358,12 +366,12 @@ class Tiles:
         offsets = _tile_offsets(self.counts)[:: self.counts.shape[1]]
         counts = self.counts[chosen]
         picked = np.concatenate([np.arange(offsets[r], offsets[r + 1]) for r in chosen])
-        return self._select(torch.from_numpy(picked).to(rows.device), counts, _tile_segments(counts))
+        return self._select(sent(picked, rows.device), counts, _tile_segments(counts))
 
     def _select(self, tiles: Tensor, counts: np.ndarray, segment: np.ndarray | None) -> Tiles:
         fill = None if self.fill is None else self.fill.index_select(0, tiles)
         fields = {name: field.index_select(0, tiles) for name, field in self.fields.items()}
-        owner = None if segment is None else torch.from_numpy(segment).to(tiles.device)
+        owner = None if segment is None else sent(segment, tiles.device)
         k, v, positions = (x.index_select(0, tiles.to(x.device)) for x in (self.k, self.v, self.positions))
         picked = Tiles(k, v, counts, positions, fields, owner, fill, coding=self.coding)
         return picked if self.home is None else self.home.settle(picked)
@@ -374,7 +382,10 @@ class Tiles:
 
     def with_fields(self, **fields: Tensor) -> Tiles:
         """The same tokens with other statistics."""
-        return replace(self, fields=fields)
+        twin = replace(self, fields=fields)
+        if "_ranges_on_device" in self.__dict__:  # where they lie is the same, and need not go to the device again
+            twin.__dict__["_ranges_on_device"] = self._ranges_on_device
+        return twin
 
     def tensors(self) -> Iterator[Tensor]:
         """The storages of keys and values."""
@@ -423,5 +434,5 @@ class Layout:
         rank = keep.cumsum(-1) - 1
         per_head = self.width * np.arange(self.counts.size) if self.segment is None else None
         first = per_head if per_head is not None else _tile_offsets(self.counts)[:-1] * TILE
-        first_slot = torch.from_numpy(first).to(keep.device).view(*self.counts.shape, 1)
+        first_slot = sent(first, keep.device).view(*self.counts.shape, 1)
         return (first_slot + rank)[keep]

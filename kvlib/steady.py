@@ -19,6 +19,7 @@ from kvlib.indexed import Indexed
 from kvlib.kernels.attention import Partial
 from kvlib.kernels.decode import decode
 from kvlib.kernels.merge import merge
+from kvlib.kernels.ran import Noting
 from kvlib.layer import Layer
 from kvlib.ranked import Query
 from kvlib.recall import lse_of, room
@@ -229,14 +230,18 @@ class Steady:
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
         """One token of each row: q [B, Hq, 1, d], k [B, H, 1, d], v [B, H, 1, dv]; returns [B, Hq, 1, dv] in q's dtype."""
+        with Noting(self.layer.ran):
+            return self._step(q, k, v, spec).to(q.dtype)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
         if self._places is None:
-            return self.groups[0].step(q, k, v, spec).to(q.dtype)
+            return self.groups[0].step(q, k, v, spec)
         outs = [
             group.step(q[:, q_heads], k[:, kv_heads], v[:, kv_heads], spec.of_heads(q_heads))
             for group, (kv_heads, q_heads) in zip(self.groups, self._places, strict=True)
         ]
         assert self.layer.inverse is not None
-        return torch.cat(outs, 1).index_select(1, self.layer.inverse).to(q.dtype)
+        return torch.cat(outs, 1).index_select(1, self.layer.inverse)
 
     def advance(self) -> None:
         """Tell the host that a step was taken, and seal what has become due."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.take import take
+from kvlib.offload.transfer import sent
 from kvlib.policies.encoding import MERGED, SEGMENT, Form, Stored, Tokens
 from kvlib.policies.selection import SEGMENT as LONGEST  # merging makes no segment longer than a prompt's
 from kvlib.rows import Rows
@@ -75,11 +76,11 @@ class Store:
         if not new.any():
             return
         if not new.all():
-            k, v, position = (x[torch.from_numpy(new).to(x.device)] for x in (k, v, position))
+            k, v, position = (x[sent(new, x.device)] for x in (k, v, position))
             rows = rows[new]
         self._fitted = self._fitted.copy()
         self._fitted[rows] = True
-        index, first = torch.from_numpy(rows).to(self.device), torch.from_numpy(self.counts[rows]).to(k.device)
+        index, first = sent(rows, self.device), sent(self.counts[rows], k.device)
         for (side, form), x in zip(self._sides(), (k, v), strict=True):
             for part, found in form.fit(Tokens(x, position, self.rotary, {}, first)).items():
                 name, found = f"{side}.{part}", found.to(self.device)
@@ -93,8 +94,8 @@ class Store:
         """Add a block [R, H, m, d], whole grains, at positions [R, H, m] to the rows given [R]; `fresh`: of prompts."""
         m = k.shape[2]
         self.fit(rows, k, v, position)
-        first = torch.from_numpy(self.counts[rows]).to(k.device)
-        index = torch.from_numpy(rows).to(self.device)
+        first = sent(self.counts[rows], k.device)
+        index = sent(rows, self.device)
         by_span: dict[int, dict[str, Tensor]] = {span: {} for span in self.rows}
         for (side, form), x in zip(self._sides(), (k, v), strict=True):
             fixed = {name: found.index_select(0, index).to(x.device) for name, found in self._of(side, self.fixed).items()}
@@ -186,7 +187,7 @@ class Store:
             ends[row, : len(lengths)] = np.cumsum(lengths)
         self.borders = {**self.borders, span: ends}
         with torch.inference_mode(False):
-            self.ends = {**self.ends, span: torch.from_numpy(ends).to(self.device)}
+            self.ends = {**self.ends, span: sent(ends, self.device)}
 
     # ----------------------------------------------------------------------------------------------------- reading
     def piece(

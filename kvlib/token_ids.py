@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvlib.layer import NewTokens
+from kvlib.offload.transfer import sent
 from kvlib.segment import empty, slack
 
 
@@ -37,8 +38,8 @@ class TokenIds:
         if new.order is not None:
             ids = ids.gather(1, new.order)
         column = torch.arange(n, device=ids.device)
-        before = torch.from_numpy(first - (n - new.count)).to(ids.device)[:, None]
-        real = column >= torch.from_numpy(n - new.count).to(ids.device)[:, None]
+        before = sent(first - (n - new.count), ids.device)[:, None]
+        real = column >= sent(n - new.count, ids.device)[:, None]
         row = torch.arange(batch, device=ids.device)[:, None].expand(-1, n)
         self.ids[row[real], (before + column)[real]] = ids[real].int()
         self.count = first + new.count

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,11 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device 
         host = torch.empty(shape, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
     Lane.of(device).share_host(host)
     return host
+
+
+def sent(x: np.ndarray, device: torch.device) -> Tensor:
+    """What the host knows, on `device`, without waiting for what the device is still doing."""
+    return torch.from_numpy(x).to(device, non_blocking=True)
 
 
 class Lane:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attend_scores, attention
 from kvlib.kernels.codes import Codes, attend_codes
+from kvlib.kernels.ran import note
 from kvlib.policies.base import Method, check_whole
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def grouped(a: Tensor, b: Tensor) -> Tensor:
     """Products of a [B, Hq, n, x] with b [B, H, x, y] of each query head's KV head, [B, Hq, n, y] fp32."""
     batch, q_heads, n, x = a.shape
     heads = b.shape[1]
+    note("codes", "torch")
     rows = a.float().reshape(batch * heads, q_heads // heads * n, x)
     return torch.bmm(rows, b.float().flatten(0, 1)).view(batch, q_heads, n, -1)
 
@@ -309,6 +311,7 @@ def attend_prepared(
     if _exact(forms):
         return attention(q, key.decode(k), value.decode(v), scale, visible, softcap)
     if q.shape[2] > FEW:
+        note("codes", "torch")
         return attention(q, key.decode(k).float(), value.decode(v).float(), scale, visible, softcap)
     p, lse = attend_scores(key.scores(q, k).mul_(scale), visible, softcap, k.heads)
     return Partial(value.weighted_sum(p, v), lse)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlib.hf.cache import Cache
+from kvlib.hf.rope import moves, rope_types
 from kvlib.steady import Clock, Steady
 
 
@@ -31,13 +32,19 @@ class CapturedDecode:
             raise ValueError(f"the recipe {cache.recipe} reads the ids of new tokens at every step: it cannot be recorded")
         if cache.managed[0].store.shape is None:
             raise ValueError("the cache is empty: read the prompt first, model(input_ids, past_key_values=cache)")
+        moving = sorted(filter(moves, rope_types(model)))
+        if moving:
+            raise ValueError(
+                f"a rotary embedding of type {moving[0]!r} asks the device for the text's length at every step"
+            )
         devices = {layer.store.device for layer in cache.managed}
         if len(devices) > 1:
             raise ValueError(f"the model is spread over {len(devices)} devices, and a graph belongs to one")
         self.model, self.cache, self.device = model, cache, devices.pop()
         self._clock = Clock(self.device)
         self._per_kv = cache.spec.q_heads // cache.spec.kv_heads
-        self._ids = torch.zeros(cache.managed[0].batch_size, 1, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False):  # so that a step in any mode can write them
+            self._ids = torch.zeros(cache.managed[0].batch_size, 1, dtype=torch.int64, device=self.device)
         self._steady: list[Steady] = []
         self._left = 0  # tokens until the host has to look again
         self._position: Tensor | None = None
@@ -88,8 +95,12 @@ class CapturedDecode:
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._step()
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.graph(graph, stream=stream):  # its default is of the device that was current at first use
+                self._logits = self._step()
+        except torch.AcceleratorError as error:
+            raise ValueError(f"this model's step cannot be recorded, it waits for the device: {error}") from error
         self._graph = graph
         self.recorded += 1
 

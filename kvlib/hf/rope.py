@@ -34,7 +34,7 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     attentions = _attentions(model, decoder)
     layered = isinstance(embedding.rope_type, dict)  # one embedding per type of layer
     kind = embedding.rope_type.get("full_attention", "none") if layered else embedding.rope_type
-    if "dynamic" in kind or kind in ("longrope", "none"):
+    if moves(kind) or kind == "none":
         raise _refusal(model, f"the rope type of its full-attention layers is {kind!r}, not one with fixed frequencies")
     prefix = "full_attention_" if layered else ""
     inv_freq = tuple(getattr(embedding, f"{prefix}inv_freq").float().tolist())
@@ -47,6 +47,18 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
         if all(_explains(rotary, *probe) for probe in probes.values()):
             return rotary
     raise _refusal(model, "its layers do not turn pairs of dimensions by the angles of its rotary embedding")
+
+
+def moves(kind: str) -> bool:
+    """Whether frequencies of this rope type depend on the length of the text."""
+    return "dynamic" in kind or kind == "longrope"
+
+
+def rope_types(model: PreTrainedModel) -> set[str]:
+    """The rope types of a model's layers, as transformers names them; none where it has no embedding for all of them."""
+    embedding = getattr(model.base_model.get_decoder(), "rotary_emb", None)
+    kind = getattr(embedding, "rope_type", None)
+    return set(kind.values()) if isinstance(kind, dict) else set() if kind is None else {kind}
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> ValueError:

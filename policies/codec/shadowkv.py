@@ -14,6 +14,7 @@ from kvlib.kernels.bounds import bounds
 from kvlib.kernels.decode_lowrank import decode_lowrank
 from kvlib.kernels.low_rank import row_space
 from kvlib.kernels.quantise import folded
+from kvlib.kernels.ran import note
 from kvlib.kernels.rotary import frequencies
 from kvlib.policies.base import Composition, Method, RecipeError, check_whole, register
 from kvlib.policies.encoding import DENSE, PATCH, Codec, Form, Reading, Stored, Tokens
@@ -92,6 +93,7 @@ class LowRankKeys(Form):
 
     def encode(self, tokens: Tokens) -> dict[str, Tensor]:
         """Coefficients [R, 1, m, r], and the keys [R, H, O * chunk, d] of outlying chunks with their slots."""
+        note("encoding", "torch")
         x, basis = tokens.x, tokens.fixed["basis"].float()
         u = (self._bare(tokens) @ basis.mT).sum(1, keepdim=True)
         worst = outlying(x, self.chunk, self.outliers if tokens.fresh else 0)

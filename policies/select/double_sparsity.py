@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvlib.kernels.bounds import bounds
+from kvlib.offload.transfer import sent
 from kvlib.policies.base import Budget, Needs, RecipeError, check_whole, register
 from kvlib.policies.select.channels import ChannelTable
 from kvlib.policies.selection import Block, Index, Selector, Units
@@ -88,7 +88,7 @@ class DoubleSparsity(Selector):
         if products is not None:
             order = products.argsort(dim=-1, descending=True, stable=True)
         else:
-            ranked = torch.from_numpy(self._table.order.reshape(-1, d)[heads].astype(np.int64)).to(like.device)
+            ranked = sent(self._table.order.reshape(-1, d)[heads].astype(np.int64), like.device)
             order = ranked.expand(len(like), -1, -1)
         return {"channels": order[..., : max(1, d // self.factor)].contiguous()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvlib.kernels.kmeans import assign, directions, nearest, update
+from kvlib.kernels.ran import note
 
 _TAKEN = 12  # starting points taken from one draw, at most
 
@@ -34,7 +35,9 @@ def spherical_kmeans(
         return labels
     with torch.autocast(keys.device.type, enabled=False):
         if keys.is_cuda and refine is _lloyd:
+            note("k-means", "Triton")
             return _together(keys, clusters, iterations, seeds, centre)
+        note("k-means", "torch" if refine is _lloyd else f"faiss on {'a GPU' if _gpus(keys) else 'the CPU'}")
         for label, head, seed in zip(labels, keys, seeds, strict=True):
             # A copy of its own: the same memory layout, so the same rounding, whatever the head was a slice of.
             x = torch.empty(m, d, dtype=torch.float32, device=keys.device).copy_(head)
@@ -129,6 +132,13 @@ def _together(keys: Tensor, clusters: int, iterations: int, seeds: Sequence[int]
     return labels
 
 
+def _gpus(x: Tensor) -> int:
+    """How many GPUs faiss takes for x: one, if x is on a GPU and this faiss knows any."""
+    import faiss
+
+    return min(1, int(faiss.get_num_gpus())) if x.is_cuda else 0
+
+
 def _faiss(faiss: Any, x: Tensor, unit: Tensor, start: Tensor, iterations: int) -> Tensor:
     data = unit.cpu().numpy()
     kmeans = faiss.Kmeans(
@@ -138,7 +148,7 @@ def _faiss(faiss: Any, x: Tensor, unit: Tensor, start: Tensor, iterations: int) 
         spherical=True,
         min_points_per_centroid=1,
         max_points_per_centroid=len(data),  # its default leaves tokens out
-        gpu=unit.is_cuda and faiss.get_num_gpus() > 0,
+        gpu=_gpus(unit),
     )
     kmeans.train(data, init_centroids=start.cpu().numpy())
     return torch.from_numpy(kmeans.index.search(data, 1)[1][:, 0])

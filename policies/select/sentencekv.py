@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.bounds import bounds
+from kvlib.offload.transfer import sent
 from kvlib.policies.base import Budget, Evictor, Needs, RecipeError, register
 from kvlib.policies.evict.snapkv import SnapKV
 from kvlib.policies.select.clusterkv import means
@@ -132,5 +133,5 @@ def _hard(found: Terminators, device: torch.device) -> Tensor:
     """Which ids end a sentence, on a device."""
     known = _tables.setdefault(found, {})
     if device not in known:
-        known[device] = torch.from_numpy(found.hard).to(device)
+        known[device] = sent(found.hard, device)
     return known[device]

@@ -20,6 +20,7 @@ RECIPES = [
 def model_of(**options):
     torch.manual_seed(0)
     config = LlamaConfig(
+        **options,
         vocab_size=199,
         hidden_size=64,
         intermediate_size=96,
@@ -107,6 +108,24 @@ def test_what_cannot_be_recorded_says_why(recipe, reason):
     read(model, cache, prompt_of())
     with pytest.raises(ValueError, match=reason):
         CapturedDecode(model, cache)
+
+
+def test_rotary_embeddings_that_ask_the_device_are_refused():
+    model = model_of(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    cache = kvlib.Cache(model, "full")
+    read(model, cache, prompt_of())
+    with pytest.raises(ValueError, match="'dynamic' asks the device"):
+        CapturedDecode(model, cache)
+
+
+def test_steps_of_what_was_made_in_inference_mode():
+    model = model_of()
+    cache = kvlib.Cache(model, "full")
+    with torch.inference_mode():
+        token = read(model, cache, prompt_of()).argmax(-1)
+        step = CapturedDecode(model, cache)
+    with torch.no_grad():
+        assert step(token.clone()).isfinite().all()
 
 
 def test_misuse_says_what_to_do():

@@ -279,13 +279,15 @@ def test_logits_that_are_no_numbers_or_infinite_rank_as_in_torch():
             assert torch.equal(found.cpu(), voted_rank(logits, 30, heads))
 
 
-def test_strided_logits_and_sizes():
+def test_strided_tensors():
     logits = torch.full((5, 3, 40), NAN)[1:, :, 2:37].transpose(0, 1)
     logits.copy_(torch.randn(3, 4, 35))
     size = torch.zeros(2, 3, 50, dtype=torch.int32)[:, :, :35].transpose(0, 1)
     size.copy_(torch.randint(0, 3, (3, 2, 35)))
     always = (torch.rand(3, 2, 60) < 0.1)[..., :35]
-    run_rank(logits, 9, 2, size=size, always=always)
+    rest = torch.full((3, 4, 5), NAN)[:, :, 2]  # of one of several query rows
+    rest.copy_(torch.randn(3, 4) + 3)
+    run_rank(logits, 9, 2, size=size, always=always, rest=rest)
 
 
 def test_rows_that_no_program_holds():
