@@ -42,9 +42,9 @@ def attend_codes(
 
 def _launched(q: Tensor, k: Codes, v: Codes) -> bool:
     """Whether `decode_q4` takes these: heads of a power of two, ranges of keys per token or channel, those of values for
-    16 channels or more, as the kernel keeps them in registers."""
+    32 channels or more, as the kernel keeps them in registers."""
     d, groups = q.shape[3], v.range.shape[-1]
-    whole = d == v.size and d in (32, 64, 128, 256) and groups & (groups - 1) == 0 and d >= 16 * groups
+    whole = d == v.size and d in (32, 64, 128, 256) and groups & (groups - 1) == 0 and d >= 32 * groups
     return whole and (k.span > 1 or k.range.shape[-1] == 1)
 
 

@@ -8,6 +8,7 @@ capacity alone, so a row's result does not depend on the batch, nor on the GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,6 +216,13 @@ def tile_of(dtype: torch.dtype, d: int) -> int:
     return 64 if d <= 128 else 32
 
 
+def rows_of(dtype: torch.dtype, d: int) -> int:
+    """Query rows of a program, at most: their results are in registers, and the operands of fp32 products too."""
+    if dtype == torch.float32:
+        return 16
+    return ROWS if d <= 64 else ROWS // 2
+
+
 def _lists(q: Tensor, k: Tensor, ids: Tensor | None, indptr: Tensor | None, length: Tensor | None) -> int:
     """Lists per sequence: the KV heads', or the query heads' where one of them says so."""
     if indptr is not None:
@@ -278,7 +286,7 @@ def split_decode(
     if not whole:
         part = q.new_empty((items, group * n, dv), dtype=torch.float32)
         part_lse = q.new_empty((items, group * n), dtype=torch.float32)
-    block_m = min(ROWS, max(16, power(group * n)))
+    block_m = min(rows_of(q.dtype, max(d, dv)), max(16, power(group * n)))
     r_block = power(rows)
     decode_split[(rows if whole else items, -(-group * n // block_m))](
         q,
@@ -317,7 +325,7 @@ def split_decode(
         BLOCK_DV=max(16, power(dv)),
         BLOCK_N=tile_of(k.dtype, max(d, dv)),
         R_BLOCK=r_block,
-        num_warps=4,
+        num_warps=8 if k.dtype == torch.float32 and d > 64 else 4,  # else operands do not fit in registers
         num_stages=3,
     )
     if not whole:
@@ -447,28 +455,37 @@ bias:    fp32 [B, L], added to the lse: a list that counts for more.
 
 
 def examples() -> Iterator[Example]:
-    """Launches to compile: Llama-3-8B's heads first."""
-    for dtype, d, page, n in (
-        (torch.bfloat16, 128, 0, 1),
-        (torch.bfloat16, 128, 1, 1),
-        (torch.bfloat16, 128, 16, 1),
-        (torch.bfloat16, 128, 0, 8),
-        (torch.bfloat16, 64, 0, 1),
-        (torch.bfloat16, 256, 0, 1),
-        (torch.float16, 80, 16, 1),
-        (torch.float32, 128, 0, 1),
-        (torch.float32, 64, 1, 1),
+    """Launches to compile: Llama-3-8B's heads first; last a small tail, a padded row, tokens that a mask hides."""
+    for dtype, d, page, n, more in (
+        (torch.bfloat16, 128, 0, 1, ""),
+        (torch.bfloat16, 128, 1, 1, ""),
+        (torch.bfloat16, 128, 16, 1, ""),
+        (torch.bfloat16, 128, 0, 8, ""),
+        (torch.bfloat16, 64, 0, 1, ""),
+        (torch.bfloat16, 256, 0, 1, ""),
+        (torch.float16, 80, 16, 1, ""),
+        (torch.float32, 128, 0, 1, ""),
+        (torch.float32, 64, 1, 1, ""),
+        (torch.float32, 256, 0, 1, ""),
+        (torch.float32, 128, 0, 16, ""),
+        (torch.float32, 256, 0, 16, ""),
+        (torch.bfloat16, 128, 1, 16, ""),
+        (torch.bfloat16, 256, 0, 16, ""),
+        (torch.bfloat16, 128, 0, 1, "whole"),
+        (torch.bfloat16, 128, 0, 1, "start"),
+        (torch.bfloat16, 128, 1, 1, "weight"),
     ):
         q = torch.empty(1, 32, n, d, dtype=dtype)
-        k = torch.empty(1, 8, 16384, d, dtype=dtype)
-        length = torch.zeros(1, 8, dtype=torch.int32)
+        k = torch.empty(1, 8, 64 if more == "whole" else 16384, d, dtype=dtype)
         ids = torch.zeros(1, 8, 16384 // page, dtype=torch.int64) if page else None
+        options: dict[str, Any] = {"length": torch.zeros(1, 8, dtype=torch.int32), "ids": ids, "page": max(page, 1)}
+        options["start"] = torch.zeros(1, 8, dtype=torch.int64) if more == "start" else None
+        options["weight"] = torch.zeros(1, 8, 16384) if more == "weight" else None
 
-        def launch(
-            q: Tensor = q, k: Tensor = k, length: Tensor = length, ids: Tensor | None = ids, page: int = page
-        ) -> object:
-            return split_decode(q, k, k, q.shape[-1] ** -0.5, causal=True, page=max(page, 1), length=length, ids=ids)
+        def launch(q: Tensor = q, k: Tensor = k, options: dict[str, Any] = options) -> object:
+            return split_decode(q, k, k, q.shape[-1] ** -0.5, causal=True, **options)
 
         kind = f"pages of {page}" if page > 1 else "tokens" if page else "range"
         tile = tile_of(dtype, d) * 2 * d * k.element_size()
-        yield Example(f"{kind}, {str(dtype)[6:]}, d {d}, n {n}", launch, {"decode_split": tile})
+        name = f"{kind}, {str(dtype)[6:]}, d {d}, n {n}" + (f", {more}" if more else "")
+        yield Example(name, launch, {"decode_split": tile})

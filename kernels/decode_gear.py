@@ -2,7 +2,8 @@
 
 The loop is that of `kvlib.kernels.decode_q4`.  A chunk is walked segment by segment, since each has its own factors b: the
 query meets them before the segment's tokens, which then meet a mere vector of the rank; weights meet the tokens' factors,
-and their sum meets the segment's after its last token.
+and their sum meets the segment's after its last token.  Merging leaves several segments with ranges of their own the same
+factors: then those are walked, and each time the factors met anew.
 
 An entry that stands out is compared with the place of every element of a tile: an instruction for two elements, no scatter,
 no memory but the registers.  Keys are corrected themselves, values by one more product for each of a token's entries.
@@ -37,6 +38,7 @@ from kvlib.kernels.decode_q4 import attend_listed, bits_of, flat, groups_of, lev
 from kvlib.kernels.launch import INTERPRET, Example, dot, jit, power, softcapped, tl
 from kvlib.kernels.ops import register
 from kvlib.kernels.quantise import folded
+from kvlib.kernels.ran import note
 
 MOST = 8  # entries of a vector that may stand out: each is compared with every element
 ALL = tl.constexpr(1 << 30)  # what is divided by it is 0, but not known to be, and so stays in its loop
@@ -171,7 +173,24 @@ def add_rank(
     return new
 
 
-@jit(do_not_specialize=["rows", "n", "segments"])
+@jit
+def uniform(x):
+    """An int32 x that a warp's threads all have, in a register that they share.  A loop so bounded is not compiled a second
+    time for threads that part, which would spill."""
+    return tl.max(tl.zeros([32], tl.int32) + x, axis=0)
+
+
+@jit
+def ended(at, ENDS, segments, BLOCK: tl.constexpr):
+    """How many of the segments, whose ends ascend, end at `at` or before."""
+    i = tl.arange(0, BLOCK)
+    found = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, segments, BLOCK):
+        found += (tl.load(ENDS + first + i, mask=first + i < segments, other=2147483647) <= at).to(tl.int32)
+    return tl.sum(found, axis=0)
+
+
+@jit(do_not_specialize=["rows", "n", "most", "segments", "range_segments"])
 def decode_corrected(
     Q,
     K,
@@ -190,12 +209,14 @@ def decode_corrected(
     LSE,
     LENGTH,
     ENDS,
+    RANGE_ENDS,
     COUNT,  # 0 to 255
     factor,
     rows,
     n,
     most,
     segments,
+    range_segments,
     q_steps,  # strides of sequences, heads, and rows, tokens, pages or segments
     k_steps,
     k_range_steps,
@@ -238,6 +259,9 @@ def decode_corrected(
     """One chunk of one head's tokens: its softmax-normalised output and log-sum-exp."""
     w = tl.program_id(0)
     row, lo, hi = find_chunk(LENGTH, w, rows, most, CHUNK, WHOLE, R_BLOCK)
+    row = uniform(row)
+    lo = uniform(lo)
+    hi = uniform(hi)
     if row >= rows:
         return
     b = (row // HEADS).to(tl.int64)
@@ -253,26 +277,38 @@ def decode_corrected(
     v_at, v_range_at = of_head(V, v_steps, b, h), of_head(V_RANGE, v_range_steps, b, h)
     k_a_at, k_b_at = of_head(K_A, k_a_steps, b, h), of_head(K_B, k_b_steps, b, h)
     v_a_at, v_b_at = of_head(V_A, v_a_steps, b, h), of_head(V_B, v_b_steps, b, h)
-    segment = 0
+    own = 0  # segment by its factors
+    segment = 0  # by its ranges, if those are of segments, else the same
     behind = tl.minimum(hi - lo, 1)
     if ENDS is not None:
-        i = tl.arange(0, S_BLOCK)
-        ends = tl.load(ENDS + b * segments + i, mask=i < segments, other=2147483647)
-        segment = tl.sum((ends <= lo).to(tl.int32), axis=0)
-        behind = segment + tl.where(hi > lo, tl.sum(((ends > lo) & (ends < hi)).to(tl.int32), axis=0) + 1, 0)
+        ENDS += b * segments
+        own = ended(lo, ENDS, segments, S_BLOCK)
+    ends = ENDS
+    if RANGE_ENDS is not None:
+        ends = RANGE_ENDS + b * range_segments
+        segment = ended(lo, ends, range_segments, S_BLOCK)
+        behind = tl.where(hi > lo, ended(hi - 1, ends, range_segments, S_BLOCK) + 1, segment)
+    elif ENDS is not None:
+        segment = own
+        behind = tl.where(hi > lo, ended(hi - 1, ends, segments, S_BLOCK) + 1, segment)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     lows = zeros(BLOCK_N, BLOCK_M, GROUPS)
     acc = zeros(BLOCK_V, BLOCK_M, max(16 // V_BITS, 2 * GROUPS))
     for number in range(segment, behind):
-        own = tl.cast(number, tl.int64)
         start = lo
         stop = hi
-        if ENDS is not None:
-            start = tl.maximum(lo, tl.load(ENDS + b * segments + own - 1, mask=own > 0, other=0))
-            stop = tl.minimum(hi, tl.load(ENDS + b * segments + own))
-        k_met = rank_of_queries(k_b_at + own * k_b_steps[2], q, R, WIDTH, RANK, BLOCK_K, D // WIDTH)
+        if ends is not None:
+            start = uniform(tl.maximum(lo, tl.load(ends + number - 1, mask=number > 0, other=0)))
+            stop = uniform(tl.minimum(hi, tl.load(ends + number)))
+        if RANGE_ENDS is None:
+            own = number
+        elif ENDS is not None:
+            own += (tl.load(ENDS + own) <= start).to(tl.int32)
+        k_b = k_b_at + tl.cast(own, tl.int64) * k_b_steps[2]
+        v_b = v_b_at + tl.cast(own, tl.int64) * v_b_steps[2]
+        k_met = rank_of_queries(k_b, q, R, WIDTH, RANK, BLOCK_K, D // WIDTH)
         v_met = tl.zeros([RANK, BLOCK_M], tl.float32)
         for begin in range(start, stop, BLOCK_N):
             first = tl.cast(begin, tl.int64)
@@ -281,7 +317,7 @@ def decode_corrected(
             s = dot(tl.load(a_at, mask=(r < R)[None, :], other=0.0), k_met, None)
             range_row = tl.zeros([1, 1], tl.int64)
             if SPAN == 0:
-                range_row += first // ALL + own
+                range_row += first // ALL + number
             elif KEYS == "span":
                 range_row += first // SPAN
             else:
@@ -324,7 +360,7 @@ def decode_corrected(
             a_at = v_a_at + first * V_A_STEP + ((slot * V_A_STEP)[None, :] + r[:, None])
             a = tl.load(a_at, mask=(r < R)[:, None], other=0.0)
             v_met = dot(a, p.to(tl.float16), v_met * alpha[None, :])
-        acc = add_rank(acc, v_met, total, v_b_at + own * v_b_steps[2], R, V_BITS, GROUPS, D, BLOCK_V)
+        acc = add_rank(acc, v_met, total, v_b, R, V_BITS, GROUPS, D, BLOCK_V)
 
     at_rows = (row if WHOLE else w).to(tl.int64) * GROUP * n
     store_rows(OUT, LSE, at_rows, m, mine, top, total, acc, lows, V_BITS, GROUPS, D, BLOCK_V, WHOLE)
@@ -363,17 +399,23 @@ def split_decode_gear(
     most: int | None = None,
     length: Tensor | None = None,
     ends: Tensor | None = None,
+    range_ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch `decode_corrected`, and `merge_splits` where a head has several chunks; arguments as of `decode_gear`."""
+    note("codes", "Triton")
     batch, q_heads, n, d = q.shape
     heads, k_bits, v_bits, groups = k.shape[1], bits_of(k, d), bits_of(v, d), groups_of(v_range, d)
-    group, rows, rank, segments = q_heads // heads, batch * heads, k_a.shape[3], k_b.shape[2]
+    group, rows, rank = q_heads // heads, batch * heads, k_a.shape[3]
+    ends = ends if k_b.shape[2] > 1 else None
+    given = [0 if x is None else x.shape[1] for x in (ends, range_ends)]  # rows of the batch that went may have had more
     entries = [0 if x is None else x.shape[3] for x in (k_error, v_error)]
     tile = rows_of(min(k_bits, v_bits), max(k_bits, v_bits), d, max(entries))
     if max(entries) > MOST:
         raise ValueError(f"{max(entries)} entries of a vector stand out: give at most {MOST}")
-    if (segments > 1 and ends is None) or page % tile:
-        raise ValueError(f"{segments} segments, pages of {page} tokens: give ends, and pages of whole tiles of {tile}")
+    needed = (k_b.shape[2], k_range.shape[2] if span == 0 else 1)
+    if needed[0] > max(given[0], 1) or needed[1] > max(given[1] or given[0], 1) or page % tile:
+        found = f"{max(needed)} segments, pages of {page} tokens"
+        raise ValueError(f"{found}: give the ends of all segments, and pages of whole tiles of {tile}")
     most = k.shape[2] if most is None else most
     keys = "entry" if span % tile else "span"
     k_rows = k_range.view(*k_range.shape[:3], 2 * d)
@@ -397,13 +439,14 @@ def split_decode_gear(
         part,
         part_lse,
         length,
-        ends if segments > 1 else None,
+        ends,
+        range_ends,
         _count(q.device),
         scale * (1.0 if softcap else 1.4426950408889634),
         rows,
         n,
         most,
-        segments,
+        *given,
         *(None if x is None else x.stride()[:3] for x in pieces),
         HEADS=heads,
         GROUP=group,
@@ -429,13 +472,18 @@ def split_decode_gear(
         BLOCK_N=tile,
         RANK=max(16, power(rank)),
         R_BLOCK=power(rows),
-        S_BLOCK=power(segments),
+        S_BLOCK=128,
         num_warps=1,
         num_stages=3,
     )
     if not whole:
         merged(part, part_lse, out, lse, length, rows, most, chunk)
     return out, lse
+
+
+def _segments(ends: Tensor, t: Tensor) -> Tensor:
+    """Of tokens t [B, T] the segments, whose ends are [B, S]."""
+    return torch.searchsorted(ends.to(t.dtype), t.contiguous(), right=True)
 
 
 def _low_rank(a: Tensor, b: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
@@ -468,16 +516,17 @@ def restored_decode(
     most: int | None = None,
     length: Tensor | None = None,
     ends: Tensor | None = None,
+    range_ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same by restoring all tokens, in q's precision but at least fp32; arguments as of `decode_gear`."""
     batch, _, _, d = q.shape
     tokens, precision = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     t = torch.arange(tokens, device=q.device).expand(batch, -1)
-    segment = torch.zeros_like(t)
-    if ends is not None:
-        segment = torch.searchsorted(ends.to(t.dtype), t.contiguous(), right=True).clamp(max=ends.shape[1] - 1)
+    segment = torch.zeros_like(t) if ends is None else _segments(ends, t)
     if span == 0:
-        index = segment.view(batch, 1, tokens, 1, 1).expand(-1, k.shape[1], -1, 2, d)
+        own = segment if range_ends is None else _segments(range_ends, t)
+        own = own.clamp(max=k_range.shape[2] - 1)  # past a sequence's end there may be none
+        index = own.view(batch, 1, tokens, 1, 1).expand(-1, k.shape[1], -1, 2, d)
         k_range, span = k_range.gather(2, index), 1
     keys = levels(k, k_range, d, span, precision)
     values = levels(v, v_range, d, 1, precision)
@@ -499,8 +548,8 @@ def _fake(q: Tensor, *arguments: object, **options: object) -> tuple[Tensor, Ten
 decode_gear = register(
     "decode_gear(Tensor q, Tensor k, Tensor k_range, Tensor k_a, Tensor k_b, Tensor v, Tensor v_range, Tensor v_a, "
     "Tensor v_b, float scale, int span=0, int page=0, Tensor? k_error=None, Tensor? k_place=None, Tensor? v_error=None, "
-    "Tensor? v_place=None, float softcap=0.0, SymInt? most=None, Tensor? length=None, Tensor? ends=None) "
-    "-> (Tensor, Tensor)",
+    "Tensor? v_place=None, float softcap=0.0, SymInt? most=None, Tensor? length=None, Tensor? ends=None, "
+    "Tensor? range_ends=None) -> (Tensor, Tensor)",
     cpu=restored_decode,
     cuda=split_decode_gear,
     fake=_fake,
@@ -509,11 +558,13 @@ decode_gear = register(
 [B, Hq, n, d] fp32 and the natural-log lse [B, Hq, n] fp32, (0, -inf) where a row sees nothing.
 
 k, v, v_range, softcap, most, length: as of `kvlib.kernels.decode_q4.decode_q4`, without lists.
-k_range: fp16, (scale, least) of channels [B, H, T / span, 2, d], or with a span of 0 of segments' [B, H, S, 2, d].
+k_range: fp16, (scale, least) of channels [B, H, T / span, 2, d], or with a span of 0 of segments.
 k_a, v_a: fp16 [B, H, T, r], factors of tokens.  k_b, v_b: fp16 [B, H, S, d, r], factors of segments.
 k_error, k_place: fp16 and uint8 [B, H, T / page, entries, d]: what is to be added to tokens of a page of each channel.
 v_error, v_place: fp16 and uint8 [B, H, T, entries]: what is to be added to channels of each token.
-ends:    int32 [B, S], where segments end, the last at the number of tokens or beyond; multiples of 64.  None: S is 1.
+ends:    int32 [B, S or more], where segments end, the last at the number of tokens or beyond; multiples of the span and
+         of the page.  None: S is 1.
+range_ends: where the segments of k_range end, if those of factors are several of them.  None: where the others do.
 """
 
 
@@ -549,7 +600,8 @@ def examples() -> Iterator[Example]:
             "v_range": v_range,
         }
         options |= {"v_a": a, "v_b": b, "length": torch.zeros(1, 8, dtype=torch.int32)}
-        options |= {"ends": torch.zeros(1, segments, dtype=torch.int32)}
+        ends = torch.zeros(1, segments, dtype=torch.int32)
+        options |= {"ends": ends} | ({} if span else {"range_ends": ends})
         if entries:
             options["k_error"] = _halves(1, 8, tokens // page, entries, d)
             options["v_error"] = _halves(1, 8, tokens, entries)

@@ -356,7 +356,7 @@ ids:     int [B, L, m] or [B, 1, m], the tokens of each list; None: the first on
 
 def examples() -> Iterator[Example]:
     """Launches to compile: Llama-3-8B's heads, 4 bits, channels' ranges over 128 tokens first."""
-    for bits, span, groups, d, n in (
+    for bits, span, groups, d, n, *kind in (
         (4, 128, 1, 128, 1),
         (4, 64, 2, 128, 1),
         (4, 32, 4, 128, 1),
@@ -370,13 +370,17 @@ def examples() -> Iterator[Example]:
         (4, 128, 1, 64, 1),
         (4, 128, 1, 256, 1),
         (4, 128, 1, 128, 4),
+        (4, 128, 1, 128, 1, "listed"),
+        (2, 32, 4, 128, 1, "listed"),
+        (4, 1, 1, 128, 1, "whole"),
     ):
-        tokens = 16384
+        tokens = 64 if "whole" in kind else 16384
         q = torch.empty(1, 32, n, d, dtype=torch.bfloat16)
         codes = torch.empty(1, 8, tokens, d * bits // 8, dtype=torch.uint8)
         k_range = torch.empty(1, 8, tokens // (span or tokens), 2, 1 if span == 1 else d, dtype=torch.float16)
         v_range = torch.empty(1, 8, tokens, 2, groups, dtype=torch.float16)
         length = torch.zeros(1, 8, dtype=torch.int32)
+        ids = torch.zeros(1, 8, 2048, dtype=torch.int64) if "listed" in kind else None
 
         def launch(
             q: Tensor = q,
@@ -384,11 +388,13 @@ def examples() -> Iterator[Example]:
             k: Tensor = k_range,
             v: Tensor = v_range,
             length: Tensor = length,
+            ids: Tensor | None = ids,
             span: int = span,
         ) -> object:
-            return split_decode_q4(q, x, k, x, v, q.shape[-1] ** -0.5, span=span, length=length)
+            return split_decode_q4(q, x, k, x, v, q.shape[-1] ** -0.5, span=span, length=length, ids=ids)
 
         keys = "token" if span == 1 else f"{span or 'all'} tokens of a channel"
         ranges = 4 * groups + 4 * (1 if span == 1 else d / span if span else 0)
         tile = {"decode_codes": int(tile_of(bits, d) * (2 * codes.shape[-1] + ranges))}
-        yield Example(f"{bits} bits, a range per {keys}, {groups} of a value, d {d}, n {n}", launch, tile)
+        name = f"{bits} bits, a range per {keys}, {groups} of a value, d {d}, n {n}"
+        yield Example(", ".join([name, *kind]), launch, tile)

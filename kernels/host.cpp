@@ -401,8 +401,24 @@ struct Item {
         std::fill_n(next + left, FAR - left, base(side));
     }
 
+    // The same where a token has one scale and, beside it, one least value.
+    void find_pairs(const Side& side, int from, int n, Applied& applied) const {
+        alignas(64) uint32_t pairs[TILE] = {};
+        const uint16_t* base = range(side);
+        if (ids == nullptr && side.range_token == 2)
+            std::memcpy(pairs, base + 2 * (lo + from), 4 * n);
+        else
+            for (int j = 0; j < n; ++j) std::memcpy(pairs + j, base + token(from + j) * side.range_token, 4);
+        for (int j = 0; j < TILE; j += W) {
+            const vu both = load<vu>(pairs + j);
+            store(applied.scale[0] + j, from_half(__builtin_convertvector(both & 0xffffu, vh)));
+            store(applied.least[0] + j, from_half(__builtin_convertvector(both >> 16, vh)));
+        }
+    }
+
     // Scales and least values of n tokens from `from` on, by group of channels.
     void find_ranges(const Side& side, int from, int n, Applied& applied) const {
+        if (side.groups == 1) return find_pairs(side, from, n, applied);
         alignas(64) uint16_t scale[TILE] = {}, least[TILE] = {};
         for (int g = 0; g < side.groups; ++g) {
             for (int j = 0; j < n; ++j) {

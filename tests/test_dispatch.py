@@ -37,7 +37,7 @@ LAUNCHED = {  # by a step, besides `decode` for tail and sinks, `merge`, and `pa
     "double_sparsity(budget=48, factor=4)": CHOICE,
     "landmarks(budget=48, chunk=4, outliers=2)": CUT,
     "kv4" + BLOCKS: {"decode_q4"},
-    "kivi(bits=2, group=16) + recent=16 + block=16": {"decode_q4"},
+    "kivi(bits=2, group=32) + recent=32 + block=32": {"decode_q4"},
     "kv(k='kv8', v='kv4')" + BLOCKS: {"decode_q4"},
     "rotated(bits=4)" + BLOCKS: {"decode_q4"},
     "tokenselect(budget=48) + kv4": {"rank", "decode_q4"},
@@ -127,7 +127,7 @@ def test_gear_in_one_pass(codec, monkeypatch):
     expected, _, _ = outputs(text, "cpu", d=64)
     with as_gpu(monkeypatch) as launched:
         found, _, step = outputs(text, DEVICE, launched, d=64)
-    assert "decode_gear" in step[0] and ("codes", "torch") not in step[1]
+    assert "decode_gear" in step[0] and ("codes", "Triton") in step[1] and ("codes", "torch") not in step[1]
     torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
 
 

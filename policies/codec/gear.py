@@ -13,10 +13,11 @@ from kvlib.kernels.attention import Partial
 from kvlib.kernels.decode_gear import MOST, decode_gear
 from kvlib.kernels.low_rank import low_rank
 from kvlib.kernels.quantise import folded
+from kvlib.kernels.ran import note
 from kvlib.policies.base import RecipeError, check_whole, register
 from kvlib.policies.codec.kivi import check_bits
 from kvlib.policies.codec.uniform import Uniform
-from kvlib.policies.encoding import MERGED, Codec, Form, Reading, Stored, Tokens, grouped
+from kvlib.policies.encoding import MERGED, SEGMENT, Codec, Form, Reading, Stored, Tokens, grouped
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Corrected(Form):
 
     def _factors(self, residual: Tensor) -> dict[str, Tensor]:
         """The low-rank term of a segment's residual [R, H, m, d]."""
+        note("encoding", "torch")
         a, b = low_rank(residual, self.rank)
         return {"a": a.half(), "b": b.half().unsqueeze(2)}
 
@@ -135,14 +137,13 @@ class Corrected(Form):
     def in_one_pass(self, values: Corrected, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
         """Attention over a whole body, codes, factors and outliers read once; None where the kernel does not take them."""
         k, v = (x.parts for x in stored)
-        ends, d, segments = stored[0].ends.get(MERGED), q.shape[3], k["b"].shape[2]
-        by_segment = self.base.per_channel and not self.base.group
-        alike = not by_segment or k["range"].shape[2] == segments  # merging leaves more ranges than factors
-        fits = d in (64, 128) and self.rank in (2, 4, 8) and self.base.bits == values.base.bits
-        step = self.page or self.base.group  # of which segments are multiples
-        whole = step % 64 == 0 and (step > 0 or segments == 1)
+        d, ends = q.shape[3], stored[0].ends
+        by_segment = not self.base.group and k["range"].shape[2] > 1  # merging leaves more ranges than factors
+        alike = self.base.bits == values.base.bits and self.rank == values.rank
+        fits = alike and d in (64, 128) and self.rank in (2, 4, 8)
+        whole = self.base.group % 32 == 0 and self.page % 32 == 0  # tiles, which have one range and lie in one page
         few = max(self.ends(d), values.ends(d)) * 2 <= MOST
-        if not (alike and fits and whole and few and self.base.per_channel and not values.base.per_channel):
+        if not (fits and whole and few and self.base.per_channel and not values.base.per_channel):
             return None
         found = decode_gear(
             q,
@@ -163,7 +164,8 @@ class Corrected(Form):
             v_place=v.get("place"),
             softcap=reading.softcap or 0.0,
             length=None if reading.length is None else reading.length.int(),
-            ends=ends if segments > 1 else None,
+            ends=ends[MERGED] if k["b"].shape[2] > 1 else None,
+            range_ends=ends[SEGMENT] if by_segment else None,
         )
         return Partial(*found)
 
@@ -175,7 +177,8 @@ class Corrected(Form):
         if not self.s:
             return found
         change = before - found["a"].float() @ found["b"].squeeze(2).float().mT
-        place = parts["place"].long() if self.page else parts["place"].long().unsqueeze(4)
+        place = parts["place"].to(change.device).long()  # a token's own lie in the host tier, where there is one
+        place = place if self.page else place.unsqueeze(4)
         shift = self._vectors(change).gather(3, place)
         error = parts["error"].float() + (shift if self.page else shift.squeeze(4))
         return found | {"error": _half(error)}

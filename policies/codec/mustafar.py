@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.quantise import pack, unpack
+from kvlib.kernels.ran import note
 from kvlib.kernels.selection import top
 from kvlib.policies.base import RecipeError, check_fraction, register
 from kvlib.policies.encoding import Codec, Form, Stored, Tokens
@@ -40,6 +41,7 @@ class Pruned(Form):
 
     def encode(self, tokens: Tokens) -> dict[str, Tensor]:
         """Bitmaps [R, H, m, d / 8] and the entries [R, H, m, k] in the model's type."""
+        note("encoding", "torch")
         x, d = tokens.x, tokens.x.shape[-1]
         order = top(x.abs(), self.k(d)).sort(-1).values
         mask = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, order, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvlib.kernels.hadamard import rotate, rotate_back
 from kvlib.kernels.quantise import pack, unpack
+from kvlib.kernels.ran import note
 from kvlib.policies.base import RecipeError, register
 from kvlib.policies.codec.kivi import check_bits
 from kvlib.policies.codec.uniform import Uniform
@@ -58,6 +59,7 @@ class LloydMax(Form):
 
     def encode(self, tokens: Tokens) -> dict[str, Tensor]:
         """Codes [R, H, m, d * bits / 8] and norms [R, H, m, 1] fp16."""
+        note("encoding", "torch")
         y, levels = rotate(tokens.x), _levels(self.bits, tokens.x.device)
         norm = y.norm(dim=-1, keepdim=True)
         unit = y * (y.shape[-1] ** 0.5 / norm.clamp(min=1e-30))

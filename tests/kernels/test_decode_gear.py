@@ -9,7 +9,7 @@ import torch
 from kvlib.kernels.decode_gear import MOST, decode_gear, split_decode_gear
 from kvlib.policies.codec.gear import Corrected
 from kvlib.policies.codec.uniform import Uniform
-from kvlib.policies.encoding import MERGED
+from kvlib.policies.encoding import MERGED, SEGMENT
 from kvlib.store import Store
 from tests.kernels.poison import DEVICE, error, poisoned
 from tests.kernels.test_decode_q4 import check, cloud, plain, wider
@@ -32,6 +32,8 @@ def stored(forms, lengths, d, batch=1, heads=2):
     options = {"span": forms[0].base.group, "page": forms[0].page}
     if len(lengths) > 1:
         options["ends"] = store.ends[MERGED].to(DEVICE)
+    if options["span"] == 0 and store.ends[SEGMENT].shape[1] > store.ends[MERGED].shape[1]:
+        options["range_ends"] = store.ends[SEGMENT].to(DEVICE)
     for side, x in (("k", k), ("v", v)):
         options |= {f"{side}_{name}": x.parts[name].to(DEVICE) for name in ("error", "place") if name in x.parts}
     return pieces, options, forms[0].decode(k).double(), forms[1].decode(v).double()
@@ -93,9 +95,47 @@ def test_sequences_have_segments_of_their_own():
     other, rest, *decoded = stored(forms, [64, 128], 64, batch=2)
     pieces = [torch.cat([x[:1], y[1:]]) for x, y in zip(pieces, other, strict=True)]
     options["ends"] = torch.cat([options["ends"][:1], rest["ends"][1:]])
+    options["ends"] = torch.nn.functional.pad(options["ends"], (0, 1), value=2**31 - 1)  # a third that went had one more
     keys, values = (torch.cat([x[:1], y[1:]]) for x, y in zip((keys, values), decoded, strict=True))
     q = torch.randn(2, 2, 1, 64, device=DEVICE)
     check(run(q, pieces, 0.125, **options), *plain(q, keys, values, 0.125, [[range(192)] * 2] * 2), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("forms", "lengths", "left", "most"),
+    [
+        (forms_of(4, 0, 0.0), [40, *[24] * 8, 37], 3, None),  # segments of any length
+        (forms_of(4, 0, 0.0), [40, *[24] * 8, 37], 3, 16384),
+        (forms_of(4, 0, 0.0), [16] * 8, 1, None),  # one alone
+        (forms_of(4, 0, 0.03, page=32), [64, *[32] * 8, 32], 3, 16384),
+        (forms_of(2, 32, 0.0, width=16), [96, *[32] * 8], 2, 16384),  # ranges are not of segments
+    ],
+)
+def test_segments_with_ranges_of_their_own_share_factors_that_were_merged(forms, lengths, left, most):
+    pieces, options, keys, values = stored(forms, lengths, 64, heads=1)
+    assert pieces[3].shape[2] == left
+    assert ("range_ends" in options) == (forms[0].base.group == 0)
+    q, tokens = torch.randn(1, 2, 1, 64, device=DEVICE), sum(lengths) - 9
+    length = torch.tensor([[tokens]], dtype=torch.int32, device=DEVICE)
+    found = run(q, pieces, 0.125, length=length, most=most, **options)
+    check(found, *plain(q, keys, values, 0.125, [[range(tokens)]]), 1e-3)
+
+
+def test_sequences_merge_when_they_will():
+    """One has two segments with factors, the other ten; of ranges both have ten, which end elsewhere."""
+    forms = CASES["without outliers"]
+    merged, few, *decoded = stored(forms, [16, *[24] * 8, 48], 64, batch=2)
+    loose, many, *rest = stored(forms, [32, *[24] * 7, 16, 40], 64, batch=2)
+    assert (few["ends"].shape[1], many["ends"].shape[1]) == (3, 10)
+    keys, values = (torch.cat([x[:1], y[1:]]) for x, y in zip(decoded, rest, strict=True))
+    wide = [torch.zeros_like(y) for y in loose]
+    for x, y, z in zip(wide, merged, loose, strict=True):
+        x[0, :, : y.shape[2]], x[1] = y[0], z[1]
+    ends = torch.nn.functional.pad(few["ends"][:1], (0, 7), value=2**31 - 1)
+    options = {**few, "ends": torch.cat([ends, many["ends"][1:]])}
+    options["range_ends"] = torch.cat([few["range_ends"][:1], many["ends"][1:]])
+    q = torch.randn(2, 2, 1, 64, device=DEVICE)
+    check(run(q, wide, 0.125, **options), *plain(q, keys, values, 0.125, [[range(256)] * 2] * 2), 1e-3)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 63, 64, 65, 127])

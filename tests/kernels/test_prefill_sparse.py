@@ -179,5 +179,5 @@ def test_precisions_that_are_gathered(dtype):
     q, k, v = tensors(2, 2, 2, 70, 100, 16, dtype)
     options = {**lists(2, 4, 70, 100, 64), "start": torch.tensor([3, 40], device=DEVICE)}
     found = gathered_prefill(q, k, v, 0.3, softcap=4.0, **options)
-    assert found[0].dtype == dtype and not serves(q)
+    assert found[0].dtype == dtype and not serves(q, k, v)
     close(found, *plain(q, k, v, 0.3, softcap=4.0, **options), torch.float32)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvlib
 from kvlib.kernels.attention import Visible, attention
 from kvlib.kernels.quantise import unpack
 from kvlib.policies import Gear, GearL, RecipeError
-from kvlib.policies.encoding import FEW, MERGED, SEGMENT, Reading, attend
+from kvlib.policies.encoding import FEW, MERGED, SEGMENT, Reading, Tokens, attend
 from kvlib.recipe import Recipe
 from kvlib.store import ALIKE, LONGEST, Store
 from kvlib.testing import prompts, tiny_model
@@ -651,25 +652,59 @@ def test_what_the_remedy_says_works():
         assert Recipe.parse(better).codec is not None
 
 
-@pytest.mark.parametrize("text", ["gear(bits=4)", "gear(bits=2)", "gear_l(bits=2, group=64)"])
-def test_the_kernel_of_one_pass_gets_the_parts_it_needs(text):
-    """What a GPU runs, here by its operator's function for the CPU, against the three terms one after the other."""
-    forms = codec_of(text).forms()
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("gear(bits=4)", (256, 128, 128)),
+        ("gear(bits=2)", (256, 128, 128)),
+        ("gear_l(bits=2, group=64)", (256, 128, 128)),
+        ("gear(bits=4, group=32)", (192, 96, 96)),
+        ("gear_l(bits=2, group=32)", (96, 160, 32)),
+        ("gear_l(bits=4)", (101, 128, 128)),
+        *((text, (256, *[128] * 9)) for text in ("gear(bits=4)", "gear(bits=2)", "gear_l(bits=4)")),
+    ],
+)
+def test_the_kernel_of_one_pass_gets_the_parts_it_needs(text, lengths):
+    """What a GPU runs, here by its operator's function for the CPU, against the three terms one after the other; also
+    after eight segments have become one."""
+    forms, total = codec_of(text).forms(), sum(lengths)
     store = Store(forms, 2, 2, torch.device("cpu"))
-    for n in (256, 128, 128):
+    for n in lengths:
         x = [cloud(n + i, 2, 2, n, 64) for i in range(2)]
         store.append(np.arange(2), *x, torch.arange(n).expand(2, 2, -1))
     q = cloud(5, 2, 4, 1, 64)
-    length = torch.tensor([512, 300])
-    whole, cut = ([getattr(store, read)(*at) for at in sides] for read, sides in _READS)
+    length = torch.tensor([total, total - 112])
+    whole, cut = ([store.whole(side, slots) for side in "kv"], [store.piece(side, 0, total, slots) for side in "kv"])
+    assert segments(store) == (lengths if len(lengths) < ALIKE else (256, 1024, 128))
     found = forms[0].in_one_pass(forms[1], q, tuple(whole), Reading(None, length, 0.2, None))
     wanted = attend(forms, q, tuple(cut), 0.2, Visible(length=length))
     torch.testing.assert_close(found.out, wanted.out, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(found.lse, wanted.lse, atol=2e-6, rtol=1e-5)
 
 
-def _same(slots):
-    return slots
+@pytest.mark.parametrize(("k", "v"), [("gear_l(rank=4)", "gear_l(rank=8)"), ("gear_l(group=48)", "gear_l")])
+def test_the_kernel_of_one_pass_is_not_given_two_ranks_or_groups_that_no_tile_fits(k, v):
+    key, value = codec_of(k).keys(), codec_of(v).values()
+    store = Store((key, value), 1, 1, torch.device("cpu"))
+    store.append(np.zeros(1, dtype=int), *cloud(0, 2, 1, 1, 96, 64), torch.arange(96).expand(1, 1, -1))
+    whole = tuple(store.whole(side, slots) for side in "kv")
+    assert key.in_one_pass(value, cloud(5, 1, 1, 1, 64), whole, Reading(None, None, 0.2, None)) is None
 
 
-_READS = (("whole", [("k", _same), ("v", _same)]), ("piece", [("k", 0, 512, _same), ("v", 0, 512, _same)]))
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_segments_merge_on_a_gpu_while_places_lie_in_host_memory(side):
+    """On a GPU that need not be there, whose tensors do not mix with others."""
+    form = getattr(codec_of("gear(bits=4)"), side)()
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 8 * 128, 64, dtype=torch.float16)
+        parts = form.encode(Tokens(x, torch.arange(8 * 128).expand(1, 2, -1), None, {}, torch.zeros(1)))
+        parts = {
+            name: part if name in form.moving else torch.empty_like(part, device="cuda") for name, part in parts.items()
+        }
+        parts["b"] = parts["b"].repeat(1, 1, 8, 1, 1)
+        merged = form.merge(parts)
+    assert {name: (x.device.type, x.shape[2]) for name, x in merged.items()} == {
+        "a": ("cuda", 8 * 128),
+        "b": ("cuda", 1),
+        "error": ("cuda", parts["error"].shape[2]),
+    }
