@@ -25,6 +25,7 @@ from rich.table import Table
 from kvlib.kernels import host
 from kvlib.kernels.host import Codes
 from kvlib.kernels.take import take
+from kvlib.offload.transfer import host_empty
 
 HEADS, GROUP, D, CHOSEN, RUN = 8, 4, 128, 2048, 16
 OTHER = 128 << 20  # bytes read between two calls, several times a processor's caches
@@ -37,13 +38,18 @@ def by_products(q, k, v):
     return torch.bmm(s.softmax(-1).to(v.dtype), v[0])
 
 
+def stored(x):
+    """x in memory such as a cache keeps it in."""
+    return host_empty(tuple(x.shape), x.dtype, "cpu").copy_(x)
+
+
 def cases(tokens, dense):
     """Functions to time, and the bytes that each reads."""
     torch.manual_seed(0)
     q = torch.randn(1, HEADS * GROUP, 1, D)
     found = {}
     for name, dtype in dense.items():
-        k, v = (torch.randn(1, HEADS, tokens, D).to(dtype) for _ in "kv")
+        k, v = (stored(torch.randn(1, HEADS, tokens, D).to(dtype)) for _ in "kv")
         ids = torch.stack([torch.randperm(tokens)[:CHOSEN] for _ in range(HEADS)])[None]
         first = torch.stack([torch.randperm(tokens // RUN)[: CHOSEN // RUN] for _ in range(HEADS)])[None] * RUN
         runs = (first.unsqueeze(-1) + torch.arange(RUN)).flatten(2)
@@ -71,7 +77,7 @@ def cases(tokens, dense):
             }
     forms = {"8 bit codes": (8, 0), "4 bit codes": (4, 0), "2 bit codes": (2, 0), "2 bits as kivi": (2, 32)}
     for name, (bits, group) in forms.items():
-        codes = [torch.randint(0, 256, (1, HEADS, tokens, D * bits // 8), dtype=torch.uint8) for _ in "kv"]
+        codes = [stored(torch.randint(0, 256, (1, HEADS, tokens, D * bits // 8), dtype=torch.uint8)) for _ in "kv"]
         if group:  # keys per channel of 32 tokens, values per 32 channels of a token
             ranges = [torch.rand(1, HEADS, tokens // group, 2, D), torch.rand(1, HEADS, tokens, 2, D // group)]
         else:

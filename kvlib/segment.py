@@ -19,7 +19,7 @@ from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attention
 from kvlib.kernels.column_mass import column_mass
 from kvlib.kernels.decode import ROWS, decode, serves
 from kvlib.kernels.merge import merge_segments
-from kvlib.offload.transfer import sent
+from kvlib.offload.transfer import on_large_pages, sent
 
 if TYPE_CHECKING:
     from kvlib.coded import Coding
@@ -54,7 +54,7 @@ def empty(
 ) -> Tensor:
     """Storage that outlives the call: never an inference tensor, so that it can be written in any later mode."""
     with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device)
+        return on_large_pages(torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device))
 
 
 def close_gaps(x: Tensor, gap: np.ndarray, new: np.ndarray) -> Tensor:

@@ -1,6 +1,7 @@
 """Host memory, the lane, and walks over a body."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,21 @@ def test_page_locked_memory_stays_untouched_while_the_lane_reads_it():
     assert other.data_ptr() != place
     torch.cuda.synchronize()
     assert host_empty(shape, torch.float32, "cuda").data_ptr() == place
+
+
+def _in_large_pages():
+    """Bytes of this process's memory that large pages hold."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SWITCH.exists() or "[madvise]" not in SWITCH.read_text(), reason="needs Linux that gives large pages where asked"
+)
+def test_large_buffers_are_on_large_pages():
+    before = _in_large_pages()
+    host = host_empty((64 << 20,), torch.uint8, "cpu").zero_()
+    assert _in_large_pages() - before > host.nbytes // 2
