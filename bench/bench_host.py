@@ -102,10 +102,11 @@ def best(functions, rounds):
     for i in range(rounds + 1):
         for name, (run, _) in functions.items():
             host.read(other)
-            run() if name.endswith("again") else (
-                host.decode(q, k, k, SCALE, ids=ids),
-                by_products(q, *[take(k, ids, HEADS)] * 2),
-            )
+            if name.endswith("again"):
+                run()
+            else:
+                host.decode(q, k, k, SCALE, ids=ids)
+                by_products(q, *[take(k, ids, HEADS)] * 2)
             begin = time.perf_counter()
             run()
             if i:
