@@ -47,6 +47,8 @@ KERNELS = (  # in the order in which they are missed, should time run out
     "rank",
     "listing",
     "pack",
+    "unpack",
+    "expand",
     "column_mass",
     "prefill_sparse",
     "kmeans",

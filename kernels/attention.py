@@ -31,7 +31,7 @@ class Visible:
 
     causal: keys after the row's own index are hidden.
     start:  [B] first key of each batch row, or None for 0; earlier slots are padding.
-    length: [B] number of keys of each batch row counted from slot 0, or None for all T.
+    length: number of keys of each batch row [B], or of each KV head [B, H], counted from slot 0, or None for all T.
     window: only the newest `window` keys (the row's own included) are seen, besides the first `sink` from `start`
             (one number, or [B] per batch row).
     mask:   [B, 1, H or Hq, n, T], True or 0 where visible, False or a negative number (added) elsewhere.
@@ -123,7 +123,10 @@ def _by_kernel(
         length = None if length is None else (length - beyond).clamp_(min=0)
     causal = visible.causal and n > 1
     if q.is_cuda and not probabilities and serves(q, k, v):
-        count = length if start is None else (k.shape[2] if length is None else length) - start
+        count = length
+        if start is not None:
+            many = length is not None and length.dim() > 1
+            count = (k.shape[2] if length is None else length) - (start.unsqueeze(1) if many else start)
         count = None if count is None else count.clamp(min=0).int()
         return Partial(*decode(q, k, v, scale, softcap or 0.0, causal, length=count, start=start))
     if host.serves(q, k, v):
@@ -154,16 +157,11 @@ def attend_listed(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, scale: float, visible: Visible = EVERYTHING, softcap: float | None = None
 ) -> Partial:
     """Attention of q [B, Hq, n, d] over the entries ids [B, H', m] of k [B, H, T, d] and v [B, H, T, dv], H' as in `take`;
-    of `visible` its length [B] or [B, H'], or a bool mask [B, H', 1, m]."""
+    of `visible` its length [B] or [B, H']."""
     if host.serves(q, k, v) if not q.is_cuda else serves(q, k, v):
-        weight = None
-        if visible.mask is not None:
-            weight = torch.where(visible.mask[:, :, 0], 0.0, float("-inf"))
         length = None if visible.length is None else visible.length.int()
-        return Partial(*decode(q, k, v, scale, softcap or 0.0, length=length, ids=ids, weight=weight))
+        return Partial(*decode(q, k, v, scale, softcap or 0.0, length=length, ids=ids))
     k, v = (take(x, ids, k.shape[1]) for x in (k, v))
-    if visible.length is not None and visible.length.dim() > 1:
-        visible = Visible(mask=(torch.arange(ids.shape[-1], device=ids.device) < visible.length.unsqueeze(-1)).unsqueeze(2))
     return attention(q, k, v, scale, visible, softcap)
 
 
@@ -236,7 +234,7 @@ def _hide(s: Tensor, visible: Visible, first: int, lo: int, block: tuple[int, in
         if visible.start is not None:
             s.masked_fill_((key < visible.start[:, None])[:, None, None, None], inf)
         if visible.length is not None:
-            s.masked_fill_((key >= visible.length[:, None])[:, None, None, None], inf)
+            s.masked_fill_((key >= visible.length.view(len(visible.length), -1, 1))[:, :, None, None], inf)
         if visible.window is not None and e > visible.window - m + 1:
             row = torch.arange(first, first + m, device=device)[:, None]
             far = key <= row - visible.window

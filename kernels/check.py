@@ -27,6 +27,8 @@ MODULES = (
     "decode_gear",
     "merge",
     "pack",
+    "unpack",
+    "expand",
     "gather_host",
     "bounds",
     "selection",

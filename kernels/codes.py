@@ -44,8 +44,15 @@ def _launched(q: Tensor, k: Codes, v: Codes) -> bool:
     """Whether `decode_q4` takes these: heads of a power of two, ranges of keys per token or channel, those of values for
     32 channels or more, as the kernel keeps them in registers."""
     d, groups = q.shape[3], v.range.shape[-1]
+    if not all(_in_words(x, 2) for x in (k.range, v.range, v.codes)):
+        return False
     whole = d == v.size and d in (32, 64, 128, 256) and groups & (groups - 1) == 0 and d >= 32 * groups
     return whole and (k.span > 1 or k.range.shape[-1] == 1)
+
+
+def _in_words(x: Tensor, n: int) -> bool:
+    """Whether tokens of x [B, H, T, ...] begin at multiples of n elements."""
+    return not any(step % n for step in (*x.stride()[:3], x.storage_offset()))
 
 
 def code_scores(q: Tensor, planes: Sequence[Codes]) -> Tensor | None:

@@ -373,6 +373,8 @@ def examples() -> Iterator[Example]:
         (4, 128, 1, 128, 1, "listed"),
         (2, 32, 4, 128, 1, "listed"),
         (4, 1, 1, 128, 1, "whole"),
+        (4, 1, 1, 128, 1, "listed", "in rows of bytes"),
+        (8, 1, 1, 128, 1, "listed", "in rows of bytes"),
     ):
         tokens = 64 if "whole" in kind else 16384
         q = torch.empty(1, 32, n, d, dtype=torch.bfloat16)
@@ -381,6 +383,11 @@ def examples() -> Iterator[Example]:
         v_range = torch.empty(1, 8, tokens, 2, groups, dtype=torch.float16)
         length = torch.zeros(1, 8, dtype=torch.int32)
         ids = torch.zeros(1, 8, 2048, dtype=torch.int64) if "listed" in kind else None
+        if "in rows of bytes" in kind:  # as tiles hold them: a token's parts side by side, all heads in one pool
+            width = codes.shape[3]
+            rows = torch.empty(1, 1, tokens, width + 4 * groups, dtype=torch.uint8)
+            codes, v_range = rows[..., :width], rows[..., width:].view(torch.float16).view(1, 1, tokens, 2, groups)
+            k_range = v_range
 
         def launch(
             q: Tensor = q,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvlib.kernels.ran import note
-from kvlib.policies.encoding import Form, Stored, Tokens
+from kvlib.kernels.attention import Partial
+from kvlib.policies.encoding import Form, Reading, Stored, Tokens, attend_in_place, prepared, vectors
+
+if TYPE_CHECKING:
+    from kvlib.segment import Spec
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,6 @@ class Coding:
 
     def vectors(self, which: str, coded: Tensor) -> Tensor:
         """Keys or values [G, P, d] of bytes [G, P, bytes], in the type they had."""
-        note("codes", "torch")
         form, stored = self.forms["kv".index(which)], self._stored(which, coded)
         return form.epilogue(form.decode(stored).float(), stored).squeeze(1).to(self.dtype)
 
@@ -38,18 +41,34 @@ class Coding:
         form, d = self.forms["kv".index(which)], self.d if which == "k" else self.dv
         parts, at = {}, 0
         for name, (shape, kind, size) in _layout(form, d, self.dtype).items():
-            piece = coded[..., at : at + size].clone(memory_format=torch.contiguous_format).view(kind)  # aligned anew
-            parts[name] = piece.view(len(coded), 1, coded.shape[1], *shape)
+            piece = coded[..., at : at + size]
+            if any(step % kind.itemsize for step in (*coded.stride()[:2], piece.storage_offset())):
+                piece = piece.clone(memory_format=torch.contiguous_format)
+            parts[name] = piece.view(kind).view(len(coded), 1, coded.shape[1], *shape)
             at += size
         slots = torch.arange(coded.shape[1], device=coded.device)
         return Stored(1, parts, {}, slots, lambda span: slots, lambda: slots, None)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, length: Tensor, spec: Spec) -> Partial | None:
+        """Attention of q [B, Hq, n, d] over bytes of keys and values [G, P, bytes] where they lie: of each head's slots
+        ids [1, B * H, m] in all of them the first length [1, B * H]; None: there is no kernel."""
+        batch, q_heads, n, d = q.shape
+        stored = self._stored("k", k.flatten(0, 1)[None]), self._stored("v", v.flatten(0, 1)[None])
+        rows = q.reshape(1, batch * q_heads, n, d)
+        found = attend_in_place(self.forms, rows, stored, Reading(ids, length, spec.scale, spec.softcap))
+        if found is None or found.lse is None:
+            return None
+        return Partial(found.out.view(batch, q_heads, n, -1), found.lse.view(batch, q_heads, n))
+
     def opened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A query [G, g, n, d] and bytes of keys and values [G, P, bytes] as attention meets them, fp32 vectors each."""
-        note("codes", "torch")
-        keys, values = self._stored("k", k), self._stored("v", v)
-        form, other = self.forms
-        return form.prologue(q.float(), keys), form.decode(keys).float(), other.decode(values).float()
+        """A query [G, g, n, d] and bytes of keys and values [G, P, bytes] as attention meets them, vectors each."""
+        stored = self._stored("k", k), self._stored("v", v)
+        return vectors(self.forms, prepared(self.forms, q, stored[0]), stored)
+
+    def keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The query and keys of `opened`, which the values are not needed for."""
+        stored = self._stored("k", k)
+        return prepared(self.forms, q, stored), self.forms[0].decode(stored).float()
 
     def closed(self, out: Tensor, v: Tensor) -> Tensor:
         """An output [G, g, n, dv] of such values as the model expects it."""

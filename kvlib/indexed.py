@@ -141,7 +141,7 @@ class Indexed(Ranked):
         """Every token of slots lo..hi that a row has."""
         if (self.counts >= hi).all():
             return EVERYTHING
-        return Visible(length=sent(self.counts - lo, device))
+        return Visible(length=sent(np.clip(self.counts - lo, 0, hi - lo), device))
 
     def read(
         self, query: Query, room: np.ndarray, tokens: np.ndarray, past: Past, store: Store | None = None
@@ -253,16 +253,11 @@ class Indexed(Ranked):
         if pools is not None:
             spec, at = query.spec, ids if where is None else where
             return attend_listed(query.q, *pools, at, spec.scale, visible, spec.softcap)
-        if visible.mask is None:
-            found = self._in_place(store, query.q, query.spec, ids, visible.length, where)
-            if found is not None:
-                return found
+        found = self._in_place(store, query.q, query.spec, ids, visible.length, where)
+        if found is not None:
+            return found
         brought = None if where is None else self._brought(where, "kv")
         k, v = (store.take(side, ids, self._position, brought) for side in "kv")
-        if visible.length is not None and visible.length.dim() > 1:
-            visible = Visible(
-                mask=(torch.arange(ids.shape[-1], device=ids.device) < visible.length.unsqueeze(-1)).unsqueeze(2)
-            )
         return attend(store.forms, query.q, (k, v), query.spec.scale, visible, query.spec.softcap)
 
     def _in_place(

@@ -309,6 +309,10 @@ class Tiles:
 
     def attend_ranges(self, q: Tensor, spec: Spec) -> Partial | None:
         """`attend` by one kernel, each head's tokens as one range of slots; None where there is none for such vectors."""
+        if self.coding is not None:
+            found = self.coding.attend(q, self.k, self.v, *self._listed, spec)
+            if found is not None:
+                return found
         k, v = (self._pool(self.vectors(side)) for side in "kv")
         if not serves(q, k, v):
             return None
@@ -321,13 +325,19 @@ class Tiles:
         device = self.k.device
         return sent(self.ranges()[2], device), sent(self.counts.astype(np.int32), device)
 
+    @cached_property
+    def _listed(self) -> tuple[Tensor, Tensor]:
+        """The slots [1, B * H, most] of each head's tokens, and how many it has [1, B * H]."""
+        length = sent(self.counts.reshape(1, -1), self.k.device)
+        return self.slots().clamp_(min=0).view(1, self.counts.size, -1), length
+
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec) -> Tensor:
         """Probability collected by each slot, [G, P]."""
         if self.home is not None:
             return self.home.bring(self).column_mass(q, lse, spec)
         k, lse, q = self.k[:, None], self._tiled(lse), self._tiled(q)
         if self.coding is not None:
-            q, k, _ = self.coding.opened(q, self.k, self.v)
+            q, k = self.coding.keys(q, self.k)
         return column_mass(q, k, lse, spec.scale, self._visible(), spec.softcap)[:, 0]
 
     def vectors(self, which: str) -> Tensor:
@@ -383,8 +393,9 @@ class Tiles:
     def with_fields(self, **fields: Tensor) -> Tiles:
         """The same tokens with other statistics."""
         twin = replace(self, fields=fields)
-        if "_ranges_on_device" in self.__dict__:  # where they lie is the same, and need not go to the device again
-            twin.__dict__["_ranges_on_device"] = self._ranges_on_device
+        for name in ("_ranges_on_device", "_listed"):  # where they lie is the same, and need not go to the device again
+            if name in self.__dict__:
+                twin.__dict__[name] = self.__dict__[name]
         return twin
 
     def tensors(self) -> Iterator[Tensor]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvlib.kernels.attention import EVERYTHING, Partial, Visible, attend_scores, attention
 from kvlib.kernels.codes import Codes, attend_codes
-from kvlib.kernels.ran import note
 from kvlib.policies.base import Method, check_whole
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 SEGMENT = 0  # span of a part with one entry for all tokens that were encoded together
 MERGED = -1  # span of such a part of which several entries become one, once enough of them are alike
 PATCH = -2  # span of a part with entries for some tokens only, which it names
+_MADE = (torch.float32, torch.float16)  # what codes are made into, on a CPU and on a GPU, whose products are of halves
 FEW = 32  # query rows that read codes as they are; for more, as in a prompt, they are decoded once
 
 
@@ -43,7 +43,7 @@ class Tokens:
 
 
 class Reading(NamedTuple):
-    """Which of a body's tokens are read, and how: the slots ids [B, H', m] (None: all, from the first on), of each row or
+    """Which of the tokens stored are read, and how: the slots ids [B, H', m] (None: all, from the first on), of each row or
     head the first length [B] or [B, H] (None: all), scale and softcap; `where` [B, H, m]: the places of what was moved."""
 
     ids: Tensor | None
@@ -169,8 +169,13 @@ class Form(ABC):
         """The parts of some tokens: [R, H, m / span, ...] each, [R, H, 1, ...] of a segment."""
 
     @abstractmethod
-    def decode(self, stored: Stored) -> Tensor:
-        """The tokens [B, H, m, d], in the space that `prologue` takes a query to and `epilogue` leads back from."""
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tokens [B, H, m, d], in the space that `prologue` takes a query to and `epilogue` leads back from: what is
+        made of codes in `dtype`, what are numbers already in their own type."""
+
+    def numbers(self, stored: Stored) -> torch.dtype | None:
+        """The type of the numbers that are kept; None: `decode` makes them."""
+        return None
 
     def prologue(self, q: Tensor, stored: Stored) -> Tensor:
         """A query [B, Hq, n, d] as stored keys meet it."""
@@ -194,11 +199,11 @@ class Form(ABC):
 
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """Products q.k [B, Hq, n, m] fp32 with stored keys, q having gone through `prologue`."""
-        return grouped(q, self.decode(stored).mT)
+        return grouped(q, self.decode(stored, _MADE[q.is_cuda]).mT)
 
     def weighted_sum(self, p: Tensor, stored: Stored) -> Tensor:
         """Stored values under weights p [B, Hq, n, m], [B, Hq, n, d] fp32, before `epilogue`."""
-        return grouped(p, self.decode(stored))
+        return grouped(p, self.decode(stored, _MADE[p.is_cuda]))
 
     def merge(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Several alike segments as one: their parts [1, H, m / span, ...], and [1, H, S, ...] of those that are `MERGED`;
@@ -224,12 +229,16 @@ class Form(ABC):
 
 
 def grouped(a: Tensor, b: Tensor) -> Tensor:
-    """Products of a [B, Hq, n, x] with b [B, H, x, y] of each query head's KV head, [B, Hq, n, y] fp32."""
+    """Products of a [B, Hq, n, x] with b [B, H, x, y] of each query head's KV head, [B, Hq, n, y] fp32; on a GPU a is
+    rounded to the type of b."""
     batch, q_heads, n, x = a.shape
     heads = b.shape[1]
-    note("codes", "torch")
-    rows = a.float().reshape(batch * heads, q_heads // heads * n, x)
-    return torch.bmm(rows, b.float().flatten(0, 1)).view(batch, q_heads, n, -1)
+    rows, b = a.reshape(batch * heads, q_heads // heads * n, x), b.flatten(0, 1)
+    if b.is_cuda and b.dtype != torch.float32:
+        found = torch.bmm(rows.to(b.dtype), b, out_dtype=torch.float32)
+    else:
+        found = torch.bmm(rows.float(), b.float())
+    return found.view(batch, q_heads, n, -1)
 
 
 @dataclass(frozen=True)
@@ -247,9 +256,13 @@ class Dense(Form):
         """As they are."""
         return {"x": tokens.x}
 
-    def decode(self, stored: Stored) -> Tensor:
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
         """As they were."""
         return stored.parts["x"]
+
+    def numbers(self, stored: Stored) -> torch.dtype:
+        """The model's."""
+        return stored.parts["x"].dtype
 
     def in_place(self, stored: Stored) -> Tensor:
         """As they are."""
@@ -310,11 +323,25 @@ def attend_prepared(
     (key, value), (k, v) = forms, stored
     if _exact(forms):
         return attention(q, key.decode(k), value.decode(v), scale, visible, softcap)
-    if q.shape[2] > FEW:
-        note("codes", "torch")
-        return attention(q, key.decode(k).float(), value.decode(v).float(), scale, visible, softcap)
+    if q.shape[2] <= FEW and visible.mask is None:
+        found = key.attend(value, q, stored, Reading(None, visible.length, scale, softcap))
+        if found is not None:
+            return found
+    if q.shape[2] > FEW or q.is_cuda:
+        return attention(*vectors(forms, q, stored), scale, visible, softcap)
     p, lse = attend_scores(key.scores(q, k).mul_(scale), visible, softcap, k.heads)
     return Partial(value.weighted_sum(p, v), lse)
+
+
+def vectors(forms: tuple[Form, Form], q: Tensor, stored: tuple[Stored, Stored]) -> tuple[Tensor, Tensor, Tensor]:
+    """A query that is `prepared`, keys and values in one type: fp32, or on a GPU the model's where one side has that, else
+    fp16."""
+    dtype = torch.float32
+    if q.is_cuda:
+        own = (form.numbers(x) for form, x in zip(forms, stored, strict=True))
+        dtype = next(filter(None, own), torch.float16)
+    k, v = (form.decode(x, dtype).to(dtype) for form, x in zip(forms, stored, strict=True))
+    return q.to(dtype), k, v
 
 
 @dataclass(frozen=True)

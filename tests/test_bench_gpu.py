@@ -95,6 +95,12 @@ def test_bytes_that_must_move():
     assert moved(job._replace(kernel="selection")) == {"Quest, 2048 tokens in pages of 16": rows * 32 + 2 * 8 * 2043 * 512}
     assert moved(job._replace(kernel="bounds"))["boxes of pages of 16"] == rows * 32 + 2 * 32 * 256 * 4
     assert moved(job._replace(kernel="pack")) == {"keys, span 128": rows * (256 + 64 + 4), "values": rows * (256 + 64 + 4)}
+    # What is packed is read, and vectors of 256 bytes written; of 128 entries 39 are kept.
+    assert moved(job._replace(kernel="unpack")) == {
+        "keys, span 128": rows * (64 + 4 + 256),
+        "values": rows * (64 + 4 + 256),
+    }
+    assert moved(job._replace(kernel="expand")) == {"39 of 128": rows * (16 + 78 + 256)}
     assert moved(Job("gather_host", 0, 2))["tokens"] == 2 * 8 * 2048 * 256
     assert moved(Job("merge", 0, 2))["8 parts"] == 2 * 32 * 9 * (128 + 1) * 4
     assert moved(Job("decode", 131072, 1))["range"] == 2**29  # 125 us at 4.3 TB/s
@@ -142,6 +148,8 @@ def spoilt(kernel):
         ("selection", "decode"),
         ("listing", "cut"),
         ("pack", "pack_codes"),
+        ("unpack", "unpack_codes"),
+        ("expand", "expand"),
         ("column_mass", "column_mass"),
         ("prefill_sparse", "prefill_sparse"),
         ("kmeans", "assign"),

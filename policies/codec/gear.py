@@ -89,9 +89,10 @@ class Corrected(Form):
         a, b = low_rank(residual, self.rank)
         return {"a": a.half(), "b": b.half().unsqueeze(2)}
 
-    def decode(self, stored: Stored) -> Tensor:
-        """The tokens [B, H, m, d] fp32."""
-        return self.coarse(stored) + self._apart(stored) @ self._rows(stored)
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tokens [B, H, m, d] in `dtype`."""
+        note("codes", "torch")
+        return (self.coarse(stored) + self._apart(stored) @ self._rows(stored)).to(dtype)
 
     def coarse(self, stored: Stored) -> Tensor:
         """Codes and outliers, without the low-rank term."""
@@ -120,17 +121,22 @@ class Corrected(Form):
 
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """q.D + (q b) a^T + q.S."""
+        note("codes", "torch")
         qb = grouped(q, self._rows(stored).mT)
         return grouped(q, self.coarse(stored).mT) + grouped(qb, self._apart(stored).mT)
 
     def weighted_sum(self, p: Tensor, stored: Stored) -> Tensor:
         """p D + (p a) b^T + p S."""
+        note("codes", "torch")
         pa = grouped(p, self._apart(stored))
         return grouped(p, self.coarse(stored)) + grouped(pa, self._rows(stored))
 
     def attend(self, values: Form, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
-        """On a GPU all of a body in one pass."""
+        """On a GPU all of a body in one pass, or of a segment."""
         if not q.is_cuda or reading.ids is not None or not isinstance(values, Corrected):
+            return None
+        k = stored[0]
+        if k.slots.dim() > 1 or (not k.ends and k.parts["b"].shape[2] > 1):  # picked, or a piece of several segments
             return None
         return self.in_one_pass(values, q, stored, reading)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.codes import Codes, code_scores, code_sums
-from kvlib.kernels.quantise import pack, unpack
+from kvlib.kernels.quantise import pack
+from kvlib.kernels.unpack import unpack_codes
 from kvlib.policies.base import RecipeError, check_whole, register
-from kvlib.policies.codec.uniform import Uniform
+from kvlib.policies.codec.uniform import Uniform, span_of
 from kvlib.policies.encoding import Codec, Form, Stored, Tokens
 
 
@@ -74,16 +75,16 @@ class Planes(Uniform):
         found = None if self._apart(stored) else code_sums(p, self._planes(stored))
         return super().weighted_sum(p, stored) if found is None else found
 
-    def decode(self, stored: Stored) -> Tensor:
-        """The tokens [B, H, m, d] fp32, by as many planes as are read."""
-        upper = unpack(stored.parts["upper"], 4)
-        if self.read == 1:
-            found = stored.parts["range"].float().clone()
-            scale = found.select(3, 0)
-            found.select(3, 1).add_(scale, alpha=7.5)
-            scale.mul_(16)
-            return self._levels(upper, found)
-        return self._levels((upper << 4) | unpack(stored.parts["lower"], 4), stored.parts["range"])
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tokens [B, H, m, d] in `dtype`, by as many planes as are read."""
+        upper, found = stored.parts["upper"], self._ranges(stored)
+        span = span_of(upper, found)
+        codes, above = (stored.parts["lower"], upper) if self.read == 2 else (upper, None)
+        if above is None:
+            scale, least = found.float().unbind(3)
+            found = torch.stack([16 * scale, least + 7.5 * scale], 3)
+        x: Tensor = unpack_codes(codes, found, 4, span, above, dtype=dtype)
+        return x
 
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """Half a byte per plane and channel, and 4 bytes per group."""

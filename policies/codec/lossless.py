@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvlib.offload.lossless import pack, unpack
@@ -51,9 +52,13 @@ class Pages(Form):
         """The page [H, page, d], to the bit.  Raises ValueError where the bytes are damaged."""
         return unpack(page)
 
-    def decode(self, stored: Stored) -> Tensor:
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
         """As it was."""
         return stored.parts["x"]
+
+    def numbers(self, stored: Stored) -> torch.dtype:
+        """The model's."""
+        return stored.parts["x"].dtype
 
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """What 2.6 bits for an exponent make of it; the data decide."""

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvlib.kernels.quantise import pack, unpack
+from kvlib.kernels.expand import expand
+from kvlib.kernels.quantise import pack
 from kvlib.kernels.ran import note
 from kvlib.kernels.selection import top
 from kvlib.policies.base import RecipeError, check_fraction, register
@@ -47,14 +48,14 @@ class Pruned(Form):
         mask = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, order, 1)
         return {"bitmap": pack(mask, 1), "kept": x.gather(-1, order)}
 
-    def decode(self, stored: Stored) -> Tensor:
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tokens [B, H, m, d] with zeros where nothing was kept, in the model's type."""
-        mask, kept = unpack(stored.parts["bitmap"], 1), stored.parts["kept"]
-        k, vectors = kept.shape[-1], mask[..., 0].numel()
-        place = mask.int().cumsum(-1, dtype=torch.int32)
-        place += torch.arange(vectors, dtype=torch.int32, device=mask.device).view(*mask.shape[:-1], 1) * k
-        values = torch.cat([kept.new_zeros(1), kept.flatten()])  # what was dropped reads the first
-        return values.index_select(0, place.mul_(mask).flatten()).view(mask.shape)
+        x: Tensor = expand(stored.parts["bitmap"], stored.parts["kept"])
+        return x
+
+    def numbers(self, stored: Stored) -> torch.dtype:
+        """The model's."""
+        return stored.parts["kept"].dtype
 
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """A bit per channel and the entries that stay."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.hadamard import rotate, rotate_back
-from kvlib.kernels.quantise import pack, unpack
+from kvlib.kernels.quantise import pack
 from kvlib.kernels.ran import note
+from kvlib.kernels.unpack import unpack_codes
 from kvlib.policies.base import RecipeError, register
 from kvlib.policies.codec.kivi import check_bits
 from kvlib.policies.codec.uniform import Uniform
@@ -70,10 +71,11 @@ class LloydMax(Form):
         factor = torch.where(norm > 0, norm / shrink.clamp(min=1e-6), 0.0) * y.shape[-1] ** -0.5
         return {"codes": pack(codes, self.bits), "norm": factor.clamp(max=65504.0).half()}
 
-    def decode(self, stored: Stored) -> Tensor:
-        """The rotated tokens [B, H, m, d] fp32."""
-        codes = unpack(stored.parts["codes"], self.bits)
-        return _valued(codes, _levels(self.bits, codes.device)).mul_(stored.parts["norm"].float())
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The rotated tokens [B, H, m, d] in `dtype`."""
+        codes, norm = stored.parts["codes"], stored.parts["norm"].unsqueeze(4)
+        x: Tensor = unpack_codes(codes, norm, self.bits, levels=_levels(self.bits, codes.device), dtype=dtype)
+        return x
 
     def prologue(self, q: Tensor, stored: Stored) -> Tensor:
         """Rotated as the keys are."""

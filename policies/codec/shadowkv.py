@@ -102,22 +102,25 @@ class LowRankKeys(Form):
         slot = place + tokens.first.view(-1, 1, 1) + 1
         return {"u": u.to(x.dtype), "exact": exact, "slot": slot.int()}
 
-    def decode(self, stored: Stored) -> Tensor:
-        """The keys [B, H, m, d] fp32, turned to their positions."""
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The keys [B, H, m, d] in `dtype`, turned to their positions."""
         assert stored.rotary is not None
+        note("codes", "torch")
         basis = stored.fixed["basis"].float()
         x = stored.rotary.turn(stored.parts["u"].float() @ basis, stored.positions)
         exact = stored.parts["exact"]
         at = _exact_at(stored, stored.slots.expand(*x.shape[:3]))
         if at is None:
-            return x
+            return x.to(dtype)
         found = exact.gather(2, at.clamp(min=0).unsqueeze(-1).expand_as(x)).float()
-        return torch.where((at >= 0).unsqueeze(-1), found, x)
+        return torch.where((at >= 0).unsqueeze(-1), found, x).to(dtype)
 
     def attend(self, values: Form, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
         """In one kernel that rebuilds keys as it meets them: of chosen tokens, on a GPU of all as well."""
         (k, v), ids = stored, reading.ids
         if values is not DENSE or k.rotary is None or not (q.is_cuda if ids is None else ids.shape[1] <= k.heads):
+            return None
+        if k.slots.dim() > 1:  # picked for each head: the kernel has one row of coefficients for all
             return None
         slots = (k.slots if ids is None else ids).expand(len(q), k.heads, -1)
         found = decode_lowrank(

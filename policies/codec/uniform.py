@@ -11,7 +11,7 @@ from torch import Tensor
 from kvlib.kernels.codes import Codes, code_scores, code_sums
 from kvlib.kernels.hadamard import rotate, rotate_back
 from kvlib.kernels.pack import pack_codes
-from kvlib.kernels.quantise import decode, folded, unpack
+from kvlib.kernels.unpack import unpack_codes
 from kvlib.policies.base import RecipeError
 from kvlib.policies.encoding import SEGMENT, Form, Stored, Tokens
 
@@ -91,10 +91,11 @@ class Uniform(Form):
         """Rotated back."""
         return rotate_back(out) if self.rotated else out
 
-    def decode(self, stored: Stored) -> Tensor:
-        """The tokens [B, H, m, d] fp32."""
-        codes = unpack(stored.parts["codes"], self.bits)
-        return self._levels(codes, self._ranges(stored))
+    def decode(self, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tokens [B, H, m, d] in `dtype`."""
+        codes, found = stored.parts["codes"], self._ranges(stored)
+        x: Tensor = unpack_codes(codes, found, self.bits, span_of(codes, found), dtype=dtype)
+        return x
 
     def in_place(self, stored: Stored) -> Codes | None:
         """The codes, where every token's range follows from its place alone."""
@@ -128,13 +129,6 @@ class Uniform(Form):
         whole = self.per_channel and not self.group
         return stored.of_segment("range", SEGMENT) if whole else stored.parts["range"]
 
-    def _levels(self, codes: Tensor, found: Tensor) -> Tensor:
-        """The values of codes [B, H, m, d] in groups of ranges [B, H, m / span, 2, .]."""
-        axis = 3 if self.per_channel else 4
-        members = folded(codes, axis - 1, codes.shape[axis - 1] // found.shape[2 if self.per_channel else 4])
-        scale, least = (found.select(3, i).unsqueeze(axis) for i in (0, 1))
-        return decode(members, scale, least).view(codes.shape)
-
     def bytes_per_token(self, d: int, n: int = 0, itemsize: int = 2, merged: int = 0) -> float:
         """Codes, and 4 bytes per group."""
         codes = d * self.bits / 8
@@ -142,3 +136,8 @@ class Uniform(Form):
             return codes + 4 * (d / self._channels(d))
         span = self.group or n
         return codes + (4 * d / span if span else 0.0)
+
+
+def span_of(codes: Tensor, found: Tensor) -> int:
+    """Tokens of codes [B, H, m, .] that share one of the ranges [B, H, m / span, 2, .]."""
+    return codes.shape[2] // max(1, found.shape[2])
