@@ -4,6 +4,7 @@ BIN := .venv/bin
 OLDEST := 5.17.0
 # The tests' shapes are small: threads that wait for each other cost more than they bring, much more on a busy machine.
 test oldest full: export OMP_NUM_THREADS ?= 1
+TWO := -n 2 --dist worksteal
 
 OLDEST_TRITON := 3.6.0
 
@@ -25,7 +26,7 @@ demo: .venv/.weights
 	$(BIN)/kvlib demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(TWO)
 
 # The adapter's tests on the oldest transformers that is supported, beside the newest in .venv.
 .oldest/.ready: .venv/.ready
@@ -35,7 +36,7 @@ test: .venv/.ready
 
 oldest: .oldest/.ready
 	PYTHONPATH=.oldest $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OLDEST)', t.__version__"
-	PYTHONPATH=.oldest $(BIN)/python -m pytest -m "not slow" tests/hf tests/test_testing.py
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -m "not slow" $(TWO) tests/hf tests/test_testing.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

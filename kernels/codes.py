@@ -25,18 +25,22 @@ def attend_codes(
     length: Tensor | None,
     scale: float,
     softcap: float | None,
+    probabilities: bool = False,
 ) -> Partial | None:
     """Attention of q [B, Hq, n, d] fp32 over keys and values [B, H, T, .], either of which may be codes: of all tokens, or
-    of those of ids [B, H', m], of each row the first length [B]; None where no kernel takes them."""
+    of those of ids [B, H', m], of each row the first length [B]; None where no kernel takes them.  `probabilities` as of
+    `attention`."""
     if q.is_cuda:
-        if not isinstance(k, Codes) or not isinstance(v, Codes) or not _launched(q, k, v):
+        if probabilities or not isinstance(k, Codes) or not isinstance(v, Codes) or not _launched(q, k, v):
             return None
         note("codes", "Triton")
         count = None if length is None else length.int()
         found = decode_q4(q, k.codes, k.range, v.codes, v.range, scale, k.span, softcap or 0.0, length=count, ids=ids)
         return Partial(*found)
     if host.serves(q, k, v):
-        return Partial(*host.decode_codes(q, k, v, scale, length=length, ids=ids, softcap=softcap))
+        return Partial(
+            *host.decode_codes(q, k, v, scale, length=length, ids=ids, softcap=softcap, probabilities=probabilities)
+        )
     return None
 
 

@@ -215,14 +215,9 @@ def decode(
 
     Raises ValueError where shapes do not fit or ids name no key, RuntimeError where there is no library.
     """
-    if probabilities and q.shape[2] != 1:
-        raise ValueError(f"probabilities are of one query row: q has {q.shape[2]}")
     if ids is not None and (start is not None or causal):
         raise ValueError("ids say which keys are seen: give no start and no causal with them")
-    call = _Call(q, k, v, ids)
-    p = q.new_empty((call.batch, call.q_heads, call.slots), dtype=torch.float32) if probabilities else None
-    out, lse = call.attend(scale, softcap, p, start, length, causal, bias)
-    return out, lse, p
+    return _Call(q, k, v, ids).attend(scale, softcap, probabilities, start, length, causal, bias)
 
 
 def decode_codes(
@@ -234,9 +229,10 @@ def decode_codes(
     length: Tensor | None = None,
     ids: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`decode` over keys and values of which either may be `Codes`: out and lse."""
-    return _Call(q, k, v, ids).attend(scale, softcap, None, None, length)
+    probabilities: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`decode` over keys and values of which either may be `Codes`."""
+    return _Call(q, k, v, ids).attend(scale, softcap, probabilities, None, length)
 
 
 def scores(q: Tensor, k: Codes, ids: Tensor | None = None) -> Tensor:
@@ -287,19 +283,22 @@ class _Call:
         self,
         scale: float,
         softcap: float | None,
-        p: Tensor | None,
+        probabilities: bool,
         start: Tensor | None,
         length: Tensor | None,
         causal: bool = False,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """out and lse; p is filled."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """out, lse and p."""
         assert self.v is not None
+        if probabilities and self.n != 1:
+            raise ValueError(f"probabilities are of one query row: q has {self.n}")
+        p = self.q.new_empty((self.batch, self.q_heads, self.slots), dtype=torch.float32) if probabilities else None
         out = self.q.new_empty((self.batch, self.q_heads, self.n, _size(self.v)), dtype=torch.float32)
         lse = out.new_empty((self.batch, self.q_heads, self.n))
         seen = (*self._start(start), *self._length(length), *self._bias(bias))
         self.run(_ATTEND, scale, softcap or 0.0, out, lse, p, seen, causal)
-        return out, lse
+        return out, lse, p
 
     def run(
         self,

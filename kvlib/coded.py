@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvlib.kernels.attention import Partial
-from kvlib.policies.encoding import Form, Reading, Stored, Tokens, attend_in_place, prepared, vectors
+from kvlib.kernels.attention import Partial, Visible
+from kvlib.policies.encoding import Form, Reading, Stored, Tokens, attend, attend_in_place, prepared
 
 if TYPE_CHECKING:
     from kvlib.segment import Spec
@@ -60,19 +60,15 @@ class Coding:
             return None
         return Partial(found.out.view(batch, q_heads, n, -1), found.lse.view(batch, q_heads, n))
 
-    def opened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A query [G, g, n, d] and bytes of keys and values [G, P, bytes] as attention meets them, vectors each."""
+    def attend_tiles(self, q: Tensor, k: Tensor, v: Tensor, spec: Spec, visible: Visible, probabilities: bool) -> Partial:
+        """Attention of q [G, g, n, d] over bytes of keys and values [G, P, bytes], each tile for itself."""
         stored = self._stored("k", k), self._stored("v", v)
-        return vectors(self.forms, prepared(self.forms, q, stored[0]), stored)
+        return attend(self.forms, q, stored, spec.scale, visible, spec.softcap, probabilities)
 
     def keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The query and keys of `opened`, which the values are not needed for."""
+        """A query [G, g, n, d] as it meets the keys of bytes [G, P, bytes], and those as vectors [G, 1, P, d], fp32."""
         stored = self._stored("k", k)
         return prepared(self.forms, q, stored), self.forms[0].decode(stored).float()
-
-    def closed(self, out: Tensor, v: Tensor) -> Tensor:
-        """An output [G, g, n, dv] of such values as the model expects it."""
-        return self.forms[1].epilogue(out, self._stored("v", v[:, :0]))
 
 
 def _tokens(x: Tensor) -> Tokens:

@@ -291,13 +291,13 @@ class Tiles:
             found = self.attend_ranges(q, spec)
             if found is not None:
                 return found
-        k, v, q_in = self.k[:, None], self.v[:, None], self._tiled(q)
+        q_in, visible = self._tiled(q), self._visible()
         if self.coding is not None:
-            q_in, k, v = self.coding.opened(q_in, self.k, self.v)
-        tiles = attention(q_in, k, v, spec.scale, self._visible(), spec.softcap, probabilities=probabilities)
+            tiles = self.coding.attend_tiles(q_in, self.k, self.v, spec, visible, probabilities)
+        else:
+            k, v = self.k[:, None], self.v[:, None]
+            tiles = attention(q_in, k, v, spec.scale, visible, spec.softcap, probabilities=probabilities)
         out, lse, p = tiles
-        if self.coding is not None:
-            out = self.coding.closed(out, self.v)
         assert lse is not None
         if self.segment is not None:
             out, total, _ = merge_segments(out, lse, self.segment, self.counts.size)

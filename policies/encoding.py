@@ -44,13 +44,15 @@ class Tokens:
 
 class Reading(NamedTuple):
     """Which of the tokens stored are read, and how: the slots ids [B, H', m] (None: all, from the first on), of each row or
-    head the first length [B] or [B, H] (None: all), scale and softcap; `where` [B, H, m]: the places of what was moved."""
+    head the first length [B] or [B, H] (None: all), scale and softcap; `where` [B, H, m]: the places of what was moved;
+    `probabilities` as of `attention`."""
 
     ids: Tensor | None
     length: Tensor | None
     scale: float
     softcap: float | None
     where: Tensor | None = None
+    probabilities: bool = False
 
 
 class Stored:
@@ -195,7 +197,7 @@ class Form(ABC):
         k, v = self.in_place(stored[0]), values.in_place(stored[1])
         if k is None or v is None or reading.where is not None:
             return None
-        return attend_codes(q, k, v, reading.ids, reading.length, reading.scale, reading.softcap)
+        return attend_codes(q, k, v, reading.ids, reading.length, reading.scale, reading.softcap, reading.probabilities)
 
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """Products q.k [B, Hq, n, m] fp32 with stored keys, q having gone through `prologue`."""
@@ -283,10 +285,12 @@ def attend(
     scale: float,
     visible: Visible = EVERYTHING,
     softcap: float | None = None,
+    probabilities: bool = False,
 ) -> Partial:
-    """Attention of q [B, Hq, n, d] over stored tokens, keys and values each in a form of its own."""
+    """Attention of q [B, Hq, n, d] over stored tokens, keys and values each in a form of its own; `probabilities` as of
+    `attention`."""
     read = prepared(forms, q, stored[0])
-    return finished(forms, attend_prepared(forms, read, stored, scale, visible, softcap), stored[1])
+    return finished(forms, attend_prepared(forms, read, stored, scale, visible, softcap, probabilities), stored[1])
 
 
 def attend_in_place(forms: tuple[Form, Form], q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
@@ -304,7 +308,7 @@ def prepared(forms: tuple[Form, Form], q: Tensor, k: Stored) -> Tensor:
 
 def finished(forms: tuple[Form, Form], part: Partial, v: Stored) -> Partial:
     """The output of all pieces as the model expects it."""
-    return part if _exact(forms) else Partial(forms[1].epilogue(part.out, v), part.lse)
+    return part if _exact(forms) else part._replace(out=forms[1].epilogue(part.out, v))
 
 
 def _exact(forms: tuple[Form, Form]) -> bool:
@@ -318,17 +322,18 @@ def attend_prepared(
     scale: float,
     visible: Visible = EVERYTHING,
     softcap: float | None = None,
+    probabilities: bool = False,
 ) -> Partial:
     """`attend` between `prepared` and `finished`: what is to be done for each piece."""
     (key, value), (k, v) = forms, stored
     if _exact(forms):
-        return attention(q, key.decode(k), value.decode(v), scale, visible, softcap)
+        return attention(q, key.decode(k), value.decode(v), scale, visible, softcap, probabilities=probabilities)
     if q.shape[2] <= FEW and visible.mask is None:
-        found = key.attend(value, q, stored, Reading(None, visible.length, scale, softcap))
+        found = key.attend(value, q, stored, Reading(None, visible.length, scale, softcap, probabilities=probabilities))
         if found is not None:
             return found
-    if q.shape[2] > FEW or q.is_cuda:
-        return attention(*vectors(forms, q, stored), scale, visible, softcap)
+    if q.shape[2] > FEW or q.is_cuda or probabilities:
+        return attention(*vectors(forms, q, stored), scale, visible, softcap, probabilities=probabilities)
     p, lse = attend_scores(key.scores(q, k).mul_(scale), visible, softcap, k.heads)
     return Partial(value.weighted_sum(p, v), lse)
 

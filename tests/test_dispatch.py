@@ -55,7 +55,7 @@ LAUNCHED = {  # by a step, besides `decode` for tail and sinks, `merge`, and `pa
     "hierarchical(group=8)" + BLOCKS: {"unpack"},
     "kv(k='full', v='kv4')" + BLOCKS: {"unpack"},
     "kv4" + BLOCKS + " @ host": {"decode_q4"},
-    "kivi(bits=4, group=0)" + BLOCKS + " @ host": {"unpack"},  # of two segments in one piece
+    "kivi(bits=4, group=0)" + BLOCKS + " @ host": {"decode_q4", "unpack"},  # a piece of one segment, then of two
     "h2o(budget=48) + kv4": {"column_mass", "unpack", "decode_q4"},
 }
 IN_HALF = {  # kernels that rebuild keys by products of half precision
@@ -136,8 +136,10 @@ def test_a_long_second_turn_attends_vectors(codec, monkeypatch):
     torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
 
 
-@pytest.mark.parametrize("where", ["", " @ host"])
-@pytest.mark.parametrize("codec", ["gear(bits=4, group=64)", "gear(bits=2)", "gear_l(bits=4)"])
+@pytest.mark.parametrize(
+    ("codec", "where"),
+    [("gear(bits=4, group=64)", ""), ("gear(bits=2)", ""), ("gear_l(bits=4)", ""), ("gear_l(bits=4)", " @ host")],
+)
 def test_gear_in_one_pass(codec, where, monkeypatch):
     text = codec + " + recent=16 + block=128" + where
     expected, *_ = outputs(text, "cpu", d=64)

@@ -1,3 +1,4 @@
+import math
 import os
 import platform
 import subprocess
@@ -280,6 +281,18 @@ def test_lengths_of_codes(per_channel):
         v.range[row, :, end:] = NAN
         k.range[row, :, -(-end // k.span) :] = NAN
     check(host.decode_codes(q, k, v, 0.1, length=length), expected(q, plain_k, plain_v, 0.1, seen), CODED)
+
+
+def test_probabilities_of_codes():
+    q, k, v = make(batch=2, heads=2, group=3, keys=700, d=64)
+    (k, plain_k), (v, _) = coded(k, 4), coded(v, 4)
+    length = torch.tensor([700, 513])
+    _, _, p = host.decode_codes(q, k, v, 0.2, length=length, probabilities=True)
+    s = 0.2 * (q.double() @ plain_k.double().repeat_interleave(3, 1).mT)[:, :, 0]
+    wanted = s.masked_fill(torch.arange(700) >= length.view(2, 1, 1), -math.inf).softmax(-1)
+    assert error(p, wanted) < CODED and not p[1, :, 513:].any()
+    with pytest.raises(ValueError, match="q has 2"):
+        host.decode_codes(q.expand(-1, -1, 2, -1), k, v, 0.2, probabilities=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
