@@ -45,6 +45,11 @@ class Visible:
     mask: Tensor | None = None
 
     @property
+    def is_length(self) -> bool:
+        """Whether nothing but a length says what is seen."""
+        return not self.causal and self.start is None and self.window is None and self.mask is None
+
+    @property
     def may_hide_all(self) -> bool:
         """Whether some row may see no key at all."""
         return self.start is not None or self.length is not None or self.mask is not None

@@ -28,8 +28,8 @@ def attend_codes(
     probabilities: bool = False,
 ) -> Partial | None:
     """Attention of q [B, Hq, n, d] fp32 over keys and values [B, H, T, .], either of which may be codes: of all tokens, or
-    of those of ids [B, H', m], of each row the first length [B]; None where no kernel takes them.  `probabilities` as of
-    `attention`."""
+    of those of ids [B, H', m], of each row or list the first length [B] or [B, H']; None where no kernel takes them.
+    `probabilities` as of `attention`."""
     if q.is_cuda:
         if probabilities or not isinstance(k, Codes) or not isinstance(v, Codes) or not _launched(q, k, v):
             return None
@@ -46,17 +46,17 @@ def attend_codes(
 
 def _launched(q: Tensor, k: Codes, v: Codes) -> bool:
     """Whether `decode_q4` takes these: heads of a power of two, ranges of keys per token or channel, those of values for
-    32 channels or more, as the kernel keeps them in registers."""
+    32 channels or more, as the kernel keeps them in registers; ranges and values that it can read as words."""
     d, groups = q.shape[3], v.range.shape[-1]
-    if not all(_in_words(x, 2) for x in (k.range, v.range, v.codes)):
+    if not all(_in_pairs(x) for x in (k.range, v.range, v.codes)):
         return False
     whole = d == v.size and d in (32, 64, 128, 256) and groups & (groups - 1) == 0 and d >= 32 * groups
     return whole and (k.span > 1 or k.range.shape[-1] == 1)
 
 
-def _in_words(x: Tensor, n: int) -> bool:
-    """Whether tokens of x [B, H, T, ...] begin at multiples of n elements."""
-    return not any(step % n for step in (*x.stride()[:3], x.storage_offset()))
+def _in_pairs(x: Tensor) -> bool:
+    """Whether tokens of x [B, H, T, ...] begin at even elements, so that two can be read as one word."""
+    return not any(step % 2 for step in (*x.stride()[:3], x.storage_offset()))
 
 
 def code_scores(q: Tensor, planes: Sequence[Codes]) -> Tensor | None:

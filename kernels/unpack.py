@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvlib.kernels.launch import Example, cast, jit, power, tl
 from kvlib.kernels.ops import register
-from kvlib.kernels.quantise import unpack
+from kvlib.kernels.quantise import decode, unpack
 from kvlib.kernels.ran import note
 
 _TILE = 4096  # elements of a program
@@ -102,6 +102,8 @@ def launched(
     batch, heads, m, d = out.shape
     if out.numel() == 0:
         return out
+    if found.stride(4) != 1:
+        found = found.contiguous()
     block_d = power(d)
     block_m = max(1, _TILE // block_d)
     unpack_rows[(batch * heads * -(-m // block_m),)](
@@ -147,7 +149,7 @@ def unpacked(
     rows, groups = max(1, found.shape[2]), found.shape[4]
     members = values.view(batch, heads, rows, m // rows, groups, d // groups)
     scale, *least = (part.float().unsqueeze(3).unsqueeze(5) for part in found.unbind(3))
-    members = torch.addcmul(least[0], members, scale) if least else members * scale
+    members = decode(members, scale, *least) if least else members * scale
     return members.view(batch, heads, m, d).to(dtype)
 
 
@@ -180,8 +182,8 @@ unpack_codes = register(
 """The vectors [B, H, m, d] in `dtype` (float: fp32) of codes [B, H, m, d * bits / 8] uint8 of 2, 3, 4 or 8 bits as
 `kvlib.kernels.quantise.pack` packs them, any strides but of bytes.  A value is code * scale + least.
 
-found:  fp16 ranges [B, H, m / span, 2, groups], scale and least value of `groups` blocks of neighbouring channels, of a
-        single token, or of `span` neighbouring tokens, or in one row of all; or [B, H, m / span, 1, groups]: scales only.
+found:  fp16 or fp32 ranges [B, H, m / span, 2, groups], scale and least value of `groups` blocks of neighbouring channels,
+        of a single token, of `span` neighbouring tokens, or in one row of all; or [B, H, m / span, 1, groups]: scales only.
 upper:  codes whose bits come above those of `codes`, as wide or not, 8 bits together at most; None: there are none.
 levels: fp32 [2^bits], all bits counted, what codes stand for; None: for themselves.
 

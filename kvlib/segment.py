@@ -327,9 +327,10 @@ class Tiles:
 
     @cached_property
     def _listed(self) -> tuple[Tensor, Tensor]:
-        """The slots [1, B * H, most] of each head's tokens, and how many it has [1, B * H]."""
-        length = sent(self.counts.reshape(1, -1), self.k.device)
-        return self.slots().clamp_(min=0).view(1, self.counts.size, -1), length
+        """The slots [1, B * H, most] of each head's tokens, past whose number, [1, B * H], they mean nothing."""
+        start, length = (x.view(1, -1) for x in self._ranges_on_device)
+        place = torch.arange(int(self.counts.max(initial=0)), device=start.device)
+        return start.unsqueeze(-1) + place, length
 
     def column_mass(self, q: Tensor, lse: Tensor, spec: Spec) -> Tensor:
         """Probability collected by each slot, [G, P]."""

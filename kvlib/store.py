@@ -212,7 +212,9 @@ class Store:
             only = self._only(span, lo, hi)
             return x[:, :, : self._segments(span)] if only is None else x[:, :, only : only + 1]
 
-        return self._stored(side, cut, self.heads, slots, slots.view(1, 1, -1), position)
+        found = self._stored(side, cut, self.heads, slots, slots.view(1, 1, -1), position)
+        found.ends = {span: ends - lo for span, ends in self.ends.items()}
+        return found
 
     def whole(self, side: str, position: _Position) -> Stored:
         """Keys ("k") or values ("v") of the longest row's slots, the parts as they lie."""

@@ -25,6 +25,7 @@ SEGMENT = 0  # span of a part with one entry for all tokens that were encoded to
 MERGED = -1  # span of such a part of which several entries become one, once enough of them are alike
 PATCH = -2  # span of a part with entries for some tokens only, which it names
 _MADE = (torch.float32, torch.float16)  # what codes are made into, on a CPU and on a GPU, whose products are of halves
+_ROOM = 2.0**-6  # by which a query becomes smaller before it is rounded to fp16, so that smoothed ones do not overflow
 FEW = 32  # query rows that read codes as they are; for more, as in a prompt, they are decoded once
 
 
@@ -75,7 +76,7 @@ class Stored:
     ):
         self.heads, self.parts, self.fixed, self.slots, self.rotary = heads, parts, fixed, slots, rotary
         self.segment, self._position = segment, position
-        self.ends: Mapping[int, Tensor] = {}  # of whole bodies, by span: where segments end, int32 [B, S]
+        self.ends: Mapping[int, Tensor] = {}  # of neighbouring tokens, by span: where segments end among them, int32 [B, S]
 
     def to(self, device: torch.device) -> Stored:
         """The same on another device."""
@@ -83,7 +84,7 @@ class Stored:
             return self
         parts, fixed = ({name: x.to(device) for name, x in found.items()} for found in (self.parts, self.fixed))
         segment, position = self.segment, self._position
-        return Stored(
+        found = Stored(
             self.heads,
             parts,
             fixed,
@@ -92,6 +93,8 @@ class Stored:
             lambda: position().to(device),
             self.rotary,
         )
+        found.ends = {span: ends.to(device) for span, ends in self.ends.items()}
+        return found
 
     @cached_property
     def positions(self) -> Tensor:
@@ -205,7 +208,7 @@ class Form(ABC):
 
     def weighted_sum(self, p: Tensor, stored: Stored) -> Tensor:
         """Stored values under weights p [B, Hq, n, m], [B, Hq, n, d] fp32, before `epilogue`."""
-        return grouped(p, self.decode(stored, _MADE[p.is_cuda]))
+        return grouped(p, self.decode(stored))
 
     def merge(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Several alike segments as one: their parts [1, H, m / span, ...], and [1, H, S, ...] of those that are `MERGED`;
@@ -237,7 +240,7 @@ def grouped(a: Tensor, b: Tensor) -> Tensor:
     heads = b.shape[1]
     rows, b = a.reshape(batch * heads, q_heads // heads * n, x), b.flatten(0, 1)
     if b.is_cuda and b.dtype != torch.float32:
-        found = torch.bmm(rows.to(b.dtype), b, out_dtype=torch.float32)
+        found = torch.bmm((rows * _ROOM).to(b.dtype), b, out_dtype=torch.float32).div_(_ROOM)
     else:
         found = torch.bmm(rows.float(), b.float())
     return found.view(batch, q_heads, n, -1)
@@ -328,25 +331,27 @@ def attend_prepared(
     (key, value), (k, v) = forms, stored
     if _exact(forms):
         return attention(q, key.decode(k), value.decode(v), scale, visible, softcap, probabilities=probabilities)
-    if q.shape[2] <= FEW and visible.mask is None:
+    if q.shape[2] <= FEW and visible.is_length:
         found = key.attend(value, q, stored, Reading(None, visible.length, scale, softcap, probabilities=probabilities))
         if found is not None:
             return found
     if q.shape[2] > FEW or q.is_cuda or probabilities:
-        return attention(*vectors(forms, q, stored), scale, visible, softcap, probabilities=probabilities)
+        keys, values = vectors(forms, stored, q.is_cuda)
+        room = _ROOM if keys.dtype == torch.float16 else 1.0
+        q = (q * room).to(keys.dtype)
+        return attention(q, keys, values, scale / room, visible, softcap, probabilities=probabilities)
     p, lse = attend_scores(key.scores(q, k).mul_(scale), visible, softcap, k.heads)
     return Partial(value.weighted_sum(p, v), lse)
 
 
-def vectors(forms: tuple[Form, Form], q: Tensor, stored: tuple[Stored, Stored]) -> tuple[Tensor, Tensor, Tensor]:
-    """A query that is `prepared`, keys and values in one type: fp32, or on a GPU the model's where one side has that, else
-    fp16."""
-    dtype = torch.float32
-    if q.is_cuda:
+def vectors(forms: tuple[Form, Form], stored: tuple[Stored, Stored], on_gpu: bool) -> tuple[Tensor, Tensor]:
+    """Keys and values in one type: fp32, or on a GPU the model's where one side has that, else fp16."""
+    dtype = _MADE[on_gpu]
+    if on_gpu:
         own = (form.numbers(x) for form, x in zip(forms, stored, strict=True))
-        dtype = next(filter(None, own), torch.float16)
+        dtype = next(filter(None, own), dtype)
     k, v = (form.decode(x, dtype).to(dtype) for form, x in zip(forms, stored, strict=True))
-    return q.to(dtype), k, v
+    return k, v
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,13 @@ def group_of(text, d):
     return HeadGroup(recipe.evictor, recipe.sizes, ids_at, TinyTokenizer(), *roles, rotary)
 
 
-def outputs(text, device, launched=None, d=32, dtype=torch.float32, spec=None, turn=4):
+def outputs(text, device, launched=None, d=32, dtype=torch.float32, spec=None, turn=4, loud=1.0):
     """Of a padded prompt in two chunks, of steps and a second turn; what each of them launched and noted."""
     generator = torch.Generator().manual_seed(1)
     borders = [0, 100, *range(PROMPT, PROMPT + STEPS + 1), PROMPT + STEPS + turn]
     q, k, v = (torch.randn(2, heads, borders[-1], d, generator=generator).to(device, dtype) for heads in (8, 2, 2))
+    k[..., 0] *= loud
+    q[..., 0] *= loud
     group, found, names, notes = group_of(text, d), [], [], set()
     with torch.no_grad(), Noting(notes):
         for lo, hi in pairwise(borders):
@@ -134,6 +136,15 @@ def test_a_long_second_turn_attends_vectors(codec, monkeypatch):
         found, _, _, turn = outputs(text, DEVICE, launched, turn=40)
     assert "unpack" in turn[0] and {by for what, by in turn[1] if what == "codes"} == {"Triton"}
     torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize("text", ["kv4(smooth=1.0)" + BLOCKS, "tokenselect(budget=48) + kv4(smooth=1.0)"])
+def test_smoothed_queries_fit_into_halves(text, monkeypatch):
+    """A channel with large keys, by which smoothing multiplies queries."""
+    expected, *_ = outputs(text, "cpu", turn=40, loud=90.0)
+    with as_gpu(monkeypatch) as launched:
+        found, *_ = outputs(text, DEVICE, launched, turn=40, loud=90.0)
+    torch.testing.assert_close(found, expected, atol=0.2, rtol=0)  # logits in the thousands, rounded to 11 bits
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from kvlib.kernels.attention import Partial
 from kvlib.kernels.decode_gear import MOST, decode_gear
 from kvlib.kernels.low_rank import low_rank
 from kvlib.kernels.quantise import folded
-from kvlib.kernels.ran import note
+from kvlib.kernels.ran import Noting, note
 from kvlib.policies.base import RecipeError, check_whole, register
 from kvlib.policies.codec.kivi import check_bits
 from kvlib.policies.codec.uniform import Uniform
@@ -61,19 +61,24 @@ class Corrected(Form):
         x = tokens.x.float()
         if not self.s:
             parts = self.base.quantise(x)
-            return parts | self._factors(x - self.base.decode(_as_stored(parts, x)))
+            return parts | self._factors(x - self._coded(parts, x))
         vectors, ends = self._vectors(x), self.ends(x.shape[3])
         low = vectors.topk(ends, 3, largest=False).indices
         high = vectors.scatter(3, low, float("-inf")).topk(ends, 3).indices  # an entry is one or the other
         place = torch.cat([low, high], 3)
         mean = vectors.mean(3, keepdim=True)
         parts = self.base.quantise(self._tokens(vectors.scatter(3, place, mean.expand(place.shape))))
-        coded = self.base.decode(_as_stored(parts, x))
+        coded = self._coded(parts, x)
         residual = self._vectors(x - coded).scatter(3, place, 0.0)
         parts |= self._factors(self._tokens(residual))
         near = coded + parts["a"].float() @ parts["b"].squeeze(2).float().mT
         error = (vectors - self._vectors(near)).gather(3, place)
         return parts | {name: part.squeeze(4) for name, part in (("error", _half(error)), ("place", place.to(torch.uint8)))}
+
+    def _coded(self, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What codes make of x [R, H, m, d], fp32; part of encoding, and so no reading to be noted."""
+        with Noting(set()):
+            return self.base.decode(_as_stored(parts, x))
 
     def _vectors(self, x: Tensor) -> Tensor:
         """x [R, H, m, d] with its vectors along axis 3: [R, H, m / page, page, d], or [R, H, m, d, 1]."""
@@ -132,21 +137,21 @@ class Corrected(Form):
         return grouped(p, self.coarse(stored)) + grouped(pa, self._rows(stored))
 
     def attend(self, values: Form, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
-        """On a GPU all of a body in one pass, or of a segment."""
+        """On a GPU all of a body in one pass, or a piece of it."""
         if not q.is_cuda or reading.ids is not None or not isinstance(values, Corrected):
             return None
-        k = stored[0]
-        if k.slots.dim() > 1 or (not k.ends and k.parts["b"].shape[2] > 1):  # picked, or a piece of several segments
+        if stored[0].slots.dim() > 1:  # picked one by one: there are no segments to walk
             return None
         return self.in_one_pass(values, q, stored, reading)
 
     def in_one_pass(self, values: Corrected, q: Tensor, stored: tuple[Stored, Stored], reading: Reading) -> Partial | None:
-        """Attention over a whole body, codes, factors and outliers read once; None where the kernel does not take them."""
+        """Attention over neighbouring tokens, codes, factors and outliers read once; None where the kernel does not take
+        them."""
         k, v = (x.parts for x in stored)
         d, ends = q.shape[3], stored[0].ends
         by_segment = not self.base.group and k["range"].shape[2] > 1  # merging leaves more ranges than factors
         alike = self.base.bits == values.base.bits and self.rank == values.rank
-        fits = alike and d in (64, 128) and self.rank in (2, 4, 8)
+        fits = alike and d in (64, 128) and v["codes"].shape[3] * 8 == d * values.base.bits and self.rank in (2, 4, 8)
         whole = self.base.group % 32 == 0 and self.page % 32 == 0  # tiles, which have one range and lie in one page
         few = max(self.ends(d), values.ends(d)) * 2 <= MOST
         if not (fits and whole and few and self.base.per_channel and not values.base.per_channel):

@@ -674,12 +674,24 @@ def test_the_kernel_of_one_pass_gets_the_parts_it_needs(text, lengths):
         store.append(np.arange(2), *x, torch.arange(n).expand(2, 2, -1))
     q = cloud(5, 2, 4, 1, 64)
     length = torch.tensor([total, total - 112])
-    whole, cut = ([store.whole(side, slots) for side in "kv"], [store.piece(side, 0, total, slots) for side in "kv"])
     assert segments(store) == (lengths if len(lengths) < ALIKE else (256, 1024, 128))
-    found = forms[0].in_one_pass(forms[1], q, tuple(whole), Reading(None, length, 0.2, None))
-    wanted = attend(forms, q, tuple(cut), 0.2, Visible(length=length))
-    torch.testing.assert_close(found.out, wanted.out, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(found.lse, wanted.lse, atol=2e-6, rtol=1e-5)
+    first = lengths[0] // store.grain * store.grain
+    for lo, hi in ((0, total), (first, total), (0, first + 64 // store.grain * store.grain), (first, first + store.grain)):
+        cut = tuple(store.piece(side, lo, hi, slots) for side in "kv")
+        read = tuple(store.whole(side, slots) for side in "kv") if hi - lo == total else cut
+        seen = (length - lo).clamp(0, hi - lo)
+        found = forms[0].in_one_pass(forms[1], q, read, Reading(None, seen, 0.2, None))
+        wanted = attend(forms, q, cut, 0.2, Visible(length=seen))
+        torch.testing.assert_close(found.out, wanted.out, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(found.lse, wanted.lse, atol=2e-6, rtol=1e-5)
+
+
+def test_the_kernel_of_one_pass_is_not_given_values_of_another_size():
+    forms = codec_of("gear_l(bits=4)").forms()
+    store = Store(forms, 1, 1, torch.device("cpu"))
+    store.append(np.zeros(1, dtype=int), cloud(0, 1, 1, 96, 64), cloud(1, 1, 1, 96, 128), torch.arange(96).expand(1, 1, -1))
+    whole = tuple(store.whole(side, slots) for side in "kv")
+    assert forms[0].in_one_pass(forms[1], cloud(5, 1, 1, 1, 64), whole, Reading(None, None, 0.2, None)) is None
 
 
 @pytest.mark.parametrize(("k", "v"), [("gear_l(rank=4)", "gear_l(rank=8)"), ("gear_l(group=48)", "gear_l")])
