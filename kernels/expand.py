@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvlib.kernels import host_unpack
 from kvlib.kernels.launch import Example, jit, power, tl
 from kvlib.kernels.ops import register
 from kvlib.kernels.quantise import unpack
@@ -84,13 +85,19 @@ def expanded(bitmap: Tensor, kept: Tensor) -> Tensor:
     return values.index_select(0, place.mul_(mask).flatten()).view(mask.shape)
 
 
+def _on_cpu(bitmap: Tensor, kept: Tensor) -> Tensor:
+    if kept.element_size() not in (2, 4) or not host_unpack.serves(bitmap.shape[3] * 8, bitmap, kept):
+        return expanded(bitmap, kept)
+    return host_unpack.expand(bitmap, kept, _empty(bitmap, kept))
+
+
 def _empty(bitmap: Tensor, kept: Tensor) -> Tensor:
     return kept.new_empty((*bitmap.shape[:3], bitmap.shape[3] * 8))
 
 
 expand = register(
     "expand(Tensor bitmap, Tensor kept) -> Tensor",
-    cpu=expanded,
+    cpu=_on_cpu,
     cuda=launched,
     fake=_empty,
 )

@@ -1,7 +1,8 @@
 """Attention on the CPU in C++: a few query rows over dense or coded keys and values, read in place.
 
-host.cpp is compiled for this processor when it is first needed, by $CXX or what C++ compiler there is, and kept in the
-user's cache folder.  Where there is none, `serves` is false and callers use PyTorch (`kvlib.kernels.attention`).
+host.cpp, and host_unpack.cpp with it, is compiled for this processor when it is first needed, by $CXX or what C++ compiler
+there is, and kept in the user's cache folder.  Where there is none, `serves` is false and callers use PyTorch
+(`kvlib.kernels.attention`).
 
 Scores, sums and outputs are fp32.  Work is cut into fixed pieces, so results have the same bits on any number of threads
 (`torch.get_num_threads()`).  Query head h reads KV head h // (Hq / H).
@@ -23,14 +24,14 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kvlib.kernels.ran import note
 
-_SOURCE = Path(__file__).with_name("host.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("host.cpp", "host_unpack.cpp")]
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 _FLAGS = f"-std=c++17 -O3 {_NATIVE} -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -shared -fPIC -w".split()
 _CALL = struct.Struct("@55q2d")  # host.cpp's Call
@@ -61,35 +62,42 @@ class Codes(NamedTuple):
 Side: TypeAlias = Tensor | Codes
 
 
-class _Library(NamedTuple):
-    run: Callable[[bytes], bool] | None
-    read: Callable[[int, int, int], int] | None
+def _missing(*given: object) -> Any:
+    raise RuntimeError(f"there is no compiled library: {describe()}")
+
+
+class Library(NamedTuple):
+    """The compiled functions, if there are any, and what is to be said of them."""
+
     text: str
+    found: bool = False
+    run: Callable[[bytes], bool] = _missing
+    read: Callable[[int, int, int], int] = _missing
+    unpack: Callable[[bytes], None] = _missing
+    expand: Callable[[bytes], None] = _missing
 
 
 _lock = threading.Lock()
-_found: _Library | None = None
+_found: Library | None = None
 
 
 def available() -> bool:
     """Whether there is a compiled library; the first call may compile it."""
-    return _library().run is not None
+    return library().found
 
 
 def describe() -> str:
     """What computes attention over tensors on the CPU, for reports."""
-    return _library().text
+    return library().text
 
 
 def read(x: Tensor) -> int:
     """Read contiguous x once and add it up, as 32-bit words: nothing that reads as many bytes can be faster."""
-    library = _library()
-    if library.read is None:
-        raise RuntimeError(f"there is no compiled library: {library.text}")
-    return library.read(x.data_ptr(), x.nbytes, torch.get_num_threads())
+    return library().read(x.data_ptr(), x.nbytes, torch.get_num_threads())
 
 
-def _library() -> _Library:
+def library() -> Library:
+    """What there is; the first call may compile it."""
     global _found
     if _found is None:
         with _lock:
@@ -98,39 +106,41 @@ def _library() -> _Library:
     return _found
 
 
-def _build() -> _Library:
+def _build() -> Library:
     asked = shlex.split(os.environ.get("CXX", ""))
     path = next(filter(None, map(shutil.which, asked[:1] or ("c++", "g++", "clang++"))), None)
     if path is None:
-        return _Library(None, None, "torch (no C++ compiler found)")
+        return Library("torch (no C++ compiler found)")
     try:
         return _loaded(path, asked[1:])
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         warnings.warn(f"attention on the CPU is left to torch, as the C++ compiler failed: {reason}", stacklevel=2)
-        return _Library(None, None, f"torch (the compiler failed: {reason.splitlines()[0]})")
+        return Library(f"torch (the compiler failed: {reason.splitlines()[0]})")
 
 
-def _loaded(compiler: str, options: list[str]) -> _Library:
+def _loaded(compiler: str, options: list[str]) -> Library:
     """The library, compiled unless the cache folder has it; other processes may do the same at the same time."""
     command = [compiler, *_FLAGS, *options]
     version = _output(compiler, *options, "--version")
-    made_of = "\0".join([_SOURCE.read_text(), *command, version, _processor()])
+    made_of = "\0".join([*(source.read_text() for source in _SOURCES), *command, version, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlib" / "host"
     path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            _output(*command, str(_SOURCE), "-o", f"{work}/host.so")
+            _output(*command, *map(str, _SOURCES), "-o", f"{work}/host.so")
             os.replace(f"{work}/host.so", path)
-    library = ctypes.CDLL(str(path))
-    run, read, isa = library.kvlib_run, library.kvlib_read, library.kvlib_isa
+    found = ctypes.CDLL(str(path))
+    run, read, isa = found.kvlib_run, found.kvlib_read, found.kvlib_isa
     run.argtypes, run.restype = [ctypes.c_char_p], ctypes.c_bool
+    for function in (found.kvlib_unpack, found.kvlib_expand):
+        function.argtypes, function.restype = [ctypes.c_char_p], None
     read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], ctypes.c_uint32
     isa.restype = ctypes.c_char_p
     number = re.search(r"\d+(\.\d+)+", version)
     name = Path(compiler).name + (f" {number[0]}" if number else "")
-    return _Library(run, read, f"C++ ({name}, {isa().decode()})")
+    return Library(f"C++ ({name}, {isa().decode()})", True, run, read, found.kvlib_unpack, found.kvlib_expand)
 
 
 def _output(*command: str) -> str:
@@ -312,10 +322,7 @@ class _Call:
         causal: bool = False,
     ) -> None:
         """Fill out, lse and p."""
-        library = _library()
-        if library.run is None:
-            raise RuntimeError(f"there is no compiled attention: {library.text}")
-        note("codes" if isinstance(self.k, Codes) or isinstance(self.v, Codes) else "decode", library.text)
+        note("codes" if isinstance(self.k, Codes) or isinstance(self.v, Codes) else "decode", describe())
         q, ids, item = self.q, self.ids, self.q.element_size()
         by_row, by_head, by_query, _ = q.stride()
         parts = -(-self.slots // _CHUNK) * (0 if self.v is None else _size(self.v) + 2)
@@ -330,7 +337,7 @@ class _Call:
             *(self.batch, self.heads, self.q_heads, self.lists, self.n, self.keys, self.slots, causal, what),
             *(torch.get_num_threads(), scale, softcap),
         )
-        if not library.run(call):
+        if not library().run(call):
             assert ids is not None
             raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}, but there are {self.keys} keys")
 

@@ -15,8 +15,9 @@ class Noting:
     def __init__(self, notes: Notes):
         self._notes = notes
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Notes:
         self._before = _NOTES.set(self._notes)
+        return self._notes
 
     def __exit__(self, *raised: object) -> None:
         _NOTES.reset(self._before)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvlib.kernels import host_unpack
 from kvlib.kernels.launch import Example, cast, jit, power, tl
 from kvlib.kernels.ops import register
 from kvlib.kernels.quantise import decode, unpack
@@ -153,6 +154,23 @@ def unpacked(
     return members.view(batch, heads, m, d).to(dtype)
 
 
+def _on_cpu(
+    codes: Tensor,
+    found: Tensor,
+    bits: int,
+    span: int = 1,
+    upper: Tensor | None = None,
+    levels: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    if found.dtype not in (torch.float16, torch.float32) or not host_unpack.serves(
+        codes.shape[3] * 8 // bits, codes, found, upper, levels
+    ):
+        return unpacked(codes, found, bits, span, upper, levels, dtype)
+    out = _empty(codes, found, bits, span, upper, levels, torch.float32)
+    return host_unpack.unpack(codes, found, bits, span, upper, levels, out).to(dtype)
+
+
 def _empty(
     codes: Tensor,
     found: Tensor,
@@ -175,7 +193,7 @@ def _empty(
 unpack_codes = register(
     "unpack(Tensor codes, Tensor found, int bits, int span=1, Tensor? upper=None, Tensor? levels=None, "
     "ScalarType dtype=float) -> Tensor",
-    cpu=unpacked,
+    cpu=_on_cpu,
     cuda=launched,
     fake=_empty,
 )

@@ -1,12 +1,14 @@
-"""Vectors of the kernel are those of the torch function bit for bit, and those put together entry by entry."""
+"""Vectors of the kernel and of C++ are those of the torch function bit for bit, and those made entry by entry."""
 
 import math
 
 import pytest
 import torch
 
+from kvlib.kernels import host
 from kvlib.kernels.expand import expand, expanded, launched
 from kvlib.kernels.quantise import pack
+from kvlib.kernels.ran import Noting
 from tests.kernels.poison import DEVICE, poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +38,11 @@ def check(mask, bitmap, kept):
     """The kernel's vectors, after comparing them with those of the CPU and with a few made by hand."""
     with poisoned():
         x = launched(bitmap, kept).cpu()
-    assert x.is_contiguous() and same(x, expanded(bitmap.cpu(), kept.cpu()))
+    bitmap, kept = bitmap.cpu(), kept.cpu()
+    assert x.is_contiguous() and same(x, expanded(bitmap, kept))
+    with poisoned(), Noting(set()) as notes:
+        assert same(x, expand(bitmap, kept))
+    assert notes == {("codes", host.describe() if host.available() else "torch")}
     for b, h, t in {(0, 0, 0), (x.shape[0] - 1, x.shape[1] - 1, x.shape[2] - 1), (0, x.shape[1] - 1, x.shape[2] // 2)}:
         assert x[b, h, t].tolist() == plainly(mask[b, h, t].tolist(), kept[b, h, t].tolist())
     return x

@@ -484,7 +484,7 @@ except RuntimeError as error:
 """
     found = alone(code, tmp_path, CXX="/nonexistent", PATH="")
     reason = "torch (no C++ compiler found)"
-    assert found.splitlines() == [f"False {reason}", "False", f"there is no compiled attention: {reason}"]
+    assert found.splitlines() == [f"False {reason}", "False", f"there is no compiled library: {reason}"]
     assert not list(tmp_path.iterdir())
 
 
@@ -546,6 +546,20 @@ for bits in (2, 4, 8):
             keys, values = (plain(x) if which is None else plain(x).gather(2, at) for x in (k, v))
             want = (q.double() @ keys.mT / 900).softmax(-1) @ values
             assert error(host.decode_codes(q, k, v, 1 / 900, ids=which)[0], want) < 5e-6, (bits, span, groups)
+import kvlib.kernels.host
+from kvlib.kernels.expand import expand, expanded
+from kvlib.kernels.quantise import pack
+from kvlib.kernels.unpack import unpack_codes, unpacked
+kvlib.kernels.host._found = host.library()
+for d, bits in ((40, 8), (96, 3), (128, 4), (256, 2)):
+    codes, found = torch.randint(256, (2, 2, 300, d * bits // 8)).byte(), torch.randn(2, 2, 300, 2, d).half()
+    found[0, 0, 0, :, :4] = torch.tensor([3e-8, 0.0, -0.0, float("inf")])
+    for x in (found, found[..., :1]):
+        torch.testing.assert_close(unpack_codes(codes, x, bits), unpacked(codes, x, bits), atol=0, rtol=0, equal_nan=True)
+    mask = torch.rand(2, 2, 300, d).argsort(-1) < d // 3
+    for dtype in (torch.float32, torch.bfloat16):
+        bitmap, kept = pack(mask.byte(), 1), torch.randn(2, 2, 300, d // 3).to(dtype)
+        assert torch.equal(expand(bitmap, kept), expanded(bitmap, kept))
 torch.set_num_threads(2)
 torch.randn(400, 400) @ torch.randn(400, 400)
 host.scores(q, k)

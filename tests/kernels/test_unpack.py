@@ -1,12 +1,14 @@
-"""Vectors of the kernel are those of the torch function bit for bit, and those of plain arithmetic."""
+"""Vectors of the kernel and of C++ are those of the torch function bit for bit, and those of plain arithmetic."""
 
 import math
 
 import pytest
 import torch
 
+from kvlib.kernels import host
 from kvlib.kernels.pack import pack_codes
 from kvlib.kernels.quantise import pack
+from kvlib.kernels.ran import Noting
 from kvlib.kernels.unpack import launched, unpack_codes, unpacked
 from tests.kernels.poison import DEVICE, poisoned
 
@@ -34,8 +36,11 @@ def check(codes, found, bits, span=1, upper=None, levels=None, dtype=torch.float
     """The kernel's vectors, after comparing them with those of the CPU."""
     with poisoned():
         x = launched(codes, found, bits, span, upper, levels, dtype).cpu()
-    upper, levels = (None if given is None else given.cpu() for given in (upper, levels))
-    assert x.is_contiguous() and same(x, unpacked(codes.cpu(), found.cpu(), bits, span, upper, levels, dtype))
+    codes, found, upper, levels = (None if given is None else given.cpu() for given in (codes, found, upper, levels))
+    assert x.is_contiguous() and same(x, unpacked(codes, found, bits, span, upper, levels, dtype))
+    with poisoned(), Noting(set()) as notes:
+        assert same(x, unpack_codes(codes, found, bits, span, upper, levels, dtype))
+    assert notes == {("codes", host.describe() if host.available() else "torch")}
     return x
 
 
@@ -254,3 +259,11 @@ def test_the_operator_is_sound():
         torch.library.opcheck(unpack_codes, arguments, options)
         whole = launched(*arguments, **options)
         assert same(unpack_codes(*arguments, **options).cpu(), whole.cpu())
+
+
+def test_without_a_library_torch_does_it(monkeypatch):
+    monkeypatch.setattr(host, "_found", host.Library("torch (no C++ compiler found)"))
+    _, codes, found = made(4, 5, 32)
+    with Noting(set()) as notes:
+        x = unpack_codes(codes.cpu(), found.cpu(), 4)
+    assert same(x, unpacked(codes.cpu(), found.cpu(), 4)) and notes == {("codes", "torch")}
