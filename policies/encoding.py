@@ -202,6 +202,10 @@ class Form(ABC):
             return None
         return attend_codes(q, k, v, reading.ids, reading.length, reading.scale, reading.softcap, reading.probabilities)
 
+    def decodes(self, stored: Stored) -> bool:
+        """Whether products with what is stored decode it first, so that nothing is lost by doing that at once."""
+        return True
+
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """Products q.k [B, Hq, n, m] fp32 with stored keys, q having gone through `prologue`."""
         return grouped(q, self.decode(stored, _MADE[q.is_cuda]).mT)
@@ -335,7 +339,7 @@ def attend_prepared(
         found = key.attend(value, q, stored, Reading(None, visible.length, scale, softcap, probabilities=probabilities))
         if found is not None:
             return found
-    if q.shape[2] > FEW or q.is_cuda or probabilities:
+    if q.shape[2] > FEW or q.is_cuda or probabilities or (key.decodes(k) and value.decodes(v)):
         keys, values = vectors(forms, stored, q.is_cuda)
         room = _ROOM if keys.dtype == torch.float16 else 1.0
         q = (q * room).to(keys.dtype)

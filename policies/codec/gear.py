@@ -124,6 +124,10 @@ class Corrected(Form):
         own = stored.segment(MERGED).unsqueeze(-1) == torch.arange(segments, device=a.device)
         return (own.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
 
+    def decodes(self, stored: Stored) -> bool:
+        """Factors are met by what is small."""
+        return False
+
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """q.D + (q b) a^T + q.S."""
         note("codes", "torch")

@@ -65,6 +65,10 @@ class Planes(Uniform):
         upper, lower = torch.stack([16 * scale, least], 3), torch.stack([scale, torch.zeros_like(least)], 3)
         return [Codes(stored.parts["upper"], upper, 4, span), Codes(stored.parts["lower"], lower, 4, span)]
 
+    def decodes(self, stored: Stored) -> bool:
+        """Where no kernel reads the planes."""
+        return self._apart(stored)
+
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """Of each plane, added up."""
         found = None if self._apart(stored) else code_scores(q, self._planes(stored))

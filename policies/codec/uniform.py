@@ -108,6 +108,10 @@ class Uniform(Form):
         """Whether a token's range does not follow from its place: tokens picked one by one, or of several segments."""
         return self.per_channel and (stored.slots.dim() > 1 or (not self.group and stored.parts["range"].shape[2] > 1))
 
+    def decodes(self, stored: Stored) -> bool:
+        """Where no kernel reads the codes."""
+        return self.in_place(stored) is None
+
     def scores(self, q: Tensor, stored: Stored) -> Tensor:
         """From the codes, where a kernel reads them."""
         codes = self.in_place(stored)
